@@ -1,0 +1,182 @@
+"""A matrix of low rank, kept as its two factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from icl_lib.validation import require_broadcastable, require_float, require_same_kind, validated_by
+
+
+def _check_factors(_: Any, left: Any, right: Any) -> None:
+    require_float("left", left, 2, "[*batch, out, rank]")
+    require_float("right", right, 2, "[*batch, in, rank]")
+    require_same_kind("left", left, right=right)
+    if left.shape[-1] != right.shape[-1]:
+        raise ValueError(
+            f"left has {left.shape[-1]} columns and right has {right.shape[-1]}: "
+            "both need one column for each rank-one term."
+        )
+    require_broadcastable(left=left.shape[:-2], right=right.shape[:-2])
+
+
+class LowRank:
+    r"""The matrix $L R^\top$, batched over leading dimensions and never formed unless asked for.
+
+    An update of a 4096 × 16384 weight is 67 million numbers; its two rank-one factors are 20 thousand.
+
+    Shapes: ``left`` is ``[*batch, out, rank]``, ``right`` is ``[*batch, in, rank]``. The leading dimensions broadcast,
+    so that updates which share a factor store it once. A ``LowRank`` behaves like the tensor ``.dense()`` of shape
+    ``[*batch, out, in]`` under ``@``, ``+``, ``-``, ``*`` and indexing of its leading dimensions.
+
+    Raises `ValueError` where factors are not floating-point tensors or differ in rank, dtype or device, or where their
+    leading dimensions do not broadcast.
+
+    >>> update = LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0], [0.0]]))
+    >>> update.shape, int(update.rank()), round(float(update.norm()), 4)
+    (torch.Size([2, 3]), 1, 11.1803)
+    >>> update.dense()
+    tensor([[3., 4., 0.],
+            [6., 8., 0.]])
+    >>> update @ torch.tensor([1.0, 1.0, 1.0])
+    tensor([ 7., 14.])
+    """
+
+    @validated_by(_check_factors)
+    def __init__(self, left: Float[Tensor, "*#batch out rank"], right: Float[Tensor, "*#batch in_ rank"]) -> None:
+        self.left, self.right = left, right
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The leading dimensions."""
+        return torch.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2])
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the matrix that the factors stand for, ``[*batch, out, in]``."""
+        return torch.Size((*self.batch_shape, self.left.shape[-2], self.right.shape[-2]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of both factors."""
+        return self.left.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of both factors."""
+        return self.left.device
+
+    @property
+    def mT(self) -> LowRank:
+        """The transpose, with the factors swapped."""
+        return LowRank(self.right, self.left)
+
+    def dense(self) -> Float[Tensor, "*batch out in_"]:
+        """The matrix itself, ``left @ right.mT``."""
+        return self.left @ self.right.mT
+
+    def matvec(self, vectors: Float[Tensor, "*vectors in_"]) -> Float[Tensor, "... out"]:
+        """The product with one vector for each batch entry, ``L (Rᵀ v)``, in ``O((out + in) rank)``.
+
+        >>> factors = torch.ones(5, 3, 1)
+        >>> LowRank(factors, factors).matvec(torch.ones(5, 3))[0]
+        tensor([3., 3., 3.])
+        """
+        return (self @ vectors.unsqueeze(-1)).squeeze(-1)
+
+    def norm(self) -> Float[Tensor, "*batch"]:
+        r"""The Frobenius norm $\lVert L R^\top \rVert_F$; for rank one, $\lVert l \rVert \lVert r \rVert$."""
+        if self.left.shape[-1] == 1:
+            norms = (torch.linalg.vector_norm(factor, dim=(-2, -1)) for factor in (self.left, self.right))
+            return next(norms) * next(norms)
+        return torch.linalg.vector_norm(self._core(), dim=(-2, -1)).to(self.dtype)
+
+    def inner(self, other: LowRank) -> Float[Tensor, "*batch"]:
+        r"""The Frobenius inner product $\operatorname{tr}(A^\top B)$ with another low-rank matrix of the same shape.
+
+        >>> a = LowRank(torch.eye(3), torch.eye(3))
+        >>> float(a.inner(a))
+        3.0
+        """
+        return ((self.left.mT @ other.left) * (self.right.mT @ other.right)).sum(dim=(-2, -1))
+
+    def singular_values(self) -> Float[Tensor, "*batch values"]:
+        """The singular values that may differ from zero, largest first: at most as many as the factors have columns."""
+        return torch.linalg.svdvals(self._core()).to(self.dtype)
+
+    def rank(self) -> Int[Tensor, "*batch"]:
+        """The numerical rank: singular values above ``max(out, in) · machine epsilon · largest``."""
+        values = torch.linalg.svdvals(self._core())
+        tolerance = max(self.shape[-2:]) * torch.finfo(self.dtype).eps * values.amax(-1, keepdim=True)
+        return (values > tolerance).sum(-1)
+
+    def to(self, *args: Any, **kwargs: Any) -> LowRank:
+        """Both factors on another device or in another dtype; the arguments are those of `torch.Tensor.to`."""
+        return LowRank(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs))
+
+    def __matmul__(self, other: Tensor | LowRank) -> Any:
+        if isinstance(other, LowRank):
+            return LowRank(self.left @ (self.right.mT @ other.left), other.right)
+        if other.ndim == 1:
+            return self.matvec(other)
+        return self.left @ (self.right.mT @ other)
+
+    def __rmatmul__(self, other: Tensor) -> Any:
+        return self.mT.matvec(other) if other.ndim == 1 else (other @ self.left) @ self.right.mT
+
+    def __add__(self, other: Tensor | LowRank) -> Any:
+        if not isinstance(other, LowRank):
+            return self.dense() + other
+        if self.shape[-2:] != other.shape[-2:]:
+            raise ValueError(f"cannot add {tuple(other.shape)} to {tuple(self.shape)}: out and in must agree.")
+        return LowRank(_beside(self.left, other.left), _beside(self.right, other.right))
+
+    __radd__ = __add__
+
+    def __neg__(self) -> LowRank:
+        return LowRank(-self.left, self.right)
+
+    def __sub__(self, other: Tensor | LowRank) -> Any:
+        return self + (-other)
+
+    def __rsub__(self, other: Tensor) -> Any:
+        return -self + other
+
+    def __mul__(self, scale: float | Tensor) -> LowRank:
+        """Scale by a number, or by one number for each batch entry, ``[*batch, 1, 1]`` as a dense tensor would be."""
+        if isinstance(scale, Tensor) and scale.ndim and scale.shape[-2:] != (1, 1):
+            raise ValueError(f"scale has shape {tuple(scale.shape)}: give a number, or a tensor [*batch, 1, 1].")
+        return LowRank(self.left * scale, self.right)
+
+    __rmul__ = __mul__
+
+    def __getitem__(self, index: Any) -> LowRank:
+        """Index the leading dimensions only."""
+        if not self.batch_shape:
+            raise ValueError("this LowRank has no leading dimension to index: use .dense() to index its entries.")
+        # Indexing an empty tensor of the batch shape finds whether the index reaches into the matrix itself.
+        torch.empty(self.batch_shape, device="meta")[index]
+        factors = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
+        return LowRank(next(factors)[index], next(factors)[index])
+
+    def __repr__(self) -> str:
+        columns = self.left.shape[-1]
+        return f"LowRank(shape={tuple(self.shape)}, rank≤{columns}, dtype={self.dtype}, device={self.device})"
+
+    def _core(self) -> Tensor:
+        """The ``rank × rank`` matrix that has the singular values of the whole: the product of both QR's R factors.
+
+        Gram matrices would be cheaper and lose half of the digits where terms cancel.
+        """
+        wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype  # LAPACK has no half precision
+        r_left, r_right = (torch.linalg.qr(factor.to(wide), mode="r").R for factor in (self.left, self.right))
+        return r_left @ r_right.mT
+
+
+def _beside(a: Tensor, b: Tensor) -> Tensor:
+    """The columns of both, leading dimensions broadcast."""
+    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return torch.cat([a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])], dim=-1)
