@@ -1,0 +1,43 @@
+r"""SymPy derives each statement of the book from what it assumes.
+
+A derivation is not a formula that is typed in and then confirmed. Its assumptions are SymPy objects, its steps are what
+SymPy makes of them, and its result is what comes out. :meth:`Derivation.check` puts the result back into the
+assumptions, :meth:`Derivation.lambdify` makes it a function of arrays, and in a notebook a derivation shows itself.
+
+- :func:`weight_update`: the smallest edit of the weights that has the effect of the context
+- :func:`weight_update_any_size`: the same, with sizes that stay symbols
+- :func:`solution_set`: all edits with that effect
+- :func:`uniqueness`: why no other is as small
+- :func:`bias_update`: what a skip connection carries past the weights
+- :func:`single_token_attention`: attention over one token
+
+$a_0$ (``a_without``) is what the contextual layer yields without the removed part of the context, $a_C$ (``a_with``)
+what it yields with it, and $\delta = a_C - a_0$.
+
+Source: Dherin, Munn, Mazzawi, Wunder, Gonzalvo, *Learning without training* (arXiv 2507.16003).
+
+>>> from icl_lib.symbolic import weight_update
+>>> derivation = weight_update(3, 2)
+>>> [step.name for step in derivation.steps][:4]
+['Lagrangian', 'Stationarity', 'Outer product', 'Rank one']
+>>> derivation.check()
+True
+"""
+
+from icl_lib.symbolic.any_size import weight_update_any_size
+from icl_lib.symbolic.attention import single_token_attention
+from icl_lib.symbolic.derivation import Derivation, Step
+from icl_lib.symbolic.least_norm import weight_update
+from icl_lib.symbolic.skip_connection import bias_update
+from icl_lib.symbolic.solutions import solution_set, uniqueness
+
+__all__ = [
+    "Derivation",
+    "Step",
+    "bias_update",
+    "single_token_attention",
+    "solution_set",
+    "uniqueness",
+    "weight_update",
+    "weight_update_any_size",
+]
