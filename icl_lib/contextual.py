@@ -1,0 +1,171 @@
+r"""Contextual layers $A(C, x)$: what a query $x$ becomes once it has looked at a context $C$.
+
+Source of the notion: Dherin et al. (arXiv 2507.16003), Section 2. The theorem asks nothing of a contextual layer but
+that it yields a vector with the context and without it, so any module ``layer(context, query)`` will do; these four
+show how different they may be.
+
+Shapes: ``context`` is ``[*batch, n, dim]`` with ``n ≥ 0``, ``query`` ``[*batch, dim]``, the result ``[*batch, out]``.
+An empty context is ``context[..., :0, :]`` and gives $A(x)$.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from icl_lib.validation import require_float, require_same_kind, validated_by
+
+
+def check_prompt(context: Any, query: Any) -> None:
+    """Require a context and a query that belong together; see the shapes above."""
+    require_float("context", context, 2, "[*batch, n, dim]")
+    require_float("query", query, 1, "[*batch, dim]")
+    require_same_kind("context", context, query=query)
+    if (*context.shape[:-2], context.shape[-1]) != tuple(query.shape):
+        raise ValueError(
+            f"context has shape {tuple(context.shape)} and query {tuple(query.shape)}: for a context [*batch, n, dim] "
+            "the query is [*batch, dim]; without a context pass context[..., :0, :]."
+        )
+
+
+def _check_layer_prompt(layer: nn.Module, context: Any, query: Any) -> None:
+    check_prompt(context, query)
+    if layer.dim is not None and query.shape[-1] != layer.dim:
+        raise ValueError(f"query has {query.shape[-1]} features and this layer reads {layer.dim}.")
+
+
+def tokens(
+    context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
+) -> Float[Tensor, "*batch n+1 dim"]:
+    """The whole sequence ``(c_1 … c_n, x)``, the query last."""
+    return torch.cat([context, query.unsqueeze(-2)], dim=-2)
+
+
+class _MultiHead(nn.Module):
+    """The four projections of an attention layer, and the split into heads."""
+
+    def __init__(self, dim: int, heads: int = 1, head_dim: int | None = None) -> None:
+        super().__init__()
+        if head_dim is None and dim % heads:
+            raise ValueError(f"dim={dim} is not a multiple of heads={heads}: give head_dim.")
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
+        width = heads * self.head_dim
+        self.query = nn.Linear(dim, width, bias=False)
+        self.key = nn.Linear(dim, width, bias=False)
+        self.value = nn.Linear(dim, width, bias=False)
+        self.output = nn.Linear(width, dim, bias=False)
+
+    def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        return projection(x).unflatten(-1, (self.heads, self.head_dim))  # [*batch, n, heads, head_dim]
+
+
+class SoftmaxAttention(_MultiHead):
+    r"""Multi-head softmax attention.
+
+    $$A(C, x) = \sum_h W_O^h \sum_i \alpha_i^h\, W_V^h t_i, \qquad
+      \alpha^h = \operatorname{softmax}_i\bigl(\langle W_K^h t_i, W_Q^h x\rangle / \sqrt{d_h}\bigr),$$
+
+    over the tokens $t = (c_1 \dots c_n, x)$. With no context the softmax has one score, so $A(x) = W_O W_V x$
+    (:func:`icl_lib.symbolic.single_token_attention` derives it).
+
+    >>> layer = SoftmaxAttention(dim=4, heads=2)
+    >>> context, query = torch.randn(3, 7, 4), torch.randn(3, 4)
+    >>> layer(context, query).shape
+    torch.Size([3, 4])
+    >>> torch.allclose(layer(context[:, :0], query), layer.output(layer.value(query)))
+    True
+    """
+
+    @validated_by(_check_layer_prompt)
+    def forward(
+        self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
+    ) -> Float[Tensor, "*batch dim"]:
+        """What the query reads from the context and itself."""
+        return self._attend(query.unsqueeze(-2), tokens(context, query), causal=False).squeeze(-2)
+
+    def at_every_position(
+        self, sequence: Float[Tensor, "*batch n dim"], causal: bool = True
+    ) -> Float[Tensor, "*batch n dim"]:
+        """Self-attention: every token is the query once; if ``causal``, with the tokens before it as its context.
+
+        >>> layer, sequence = SoftmaxAttention(dim=4, heads=2), torch.randn(5, 4)
+        >>> torch.allclose(layer.at_every_position(sequence)[2], layer(sequence[:2], sequence[2]), atol=1e-6)
+        True
+        """
+        return self._attend(sequence, sequence, causal)
+
+    def _attend(self, queries: Tensor, keys: Tensor, causal: bool) -> Tensor:
+        q, k, v = (
+            self._heads(projection, x).transpose(-3, -2)  # [*batch, heads, n, head_dim]
+            for projection, x in ((self.query, queries), (self.key, keys), (self.value, keys))
+        )
+        read = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.output(read.transpose(-3, -2).flatten(-2))
+
+
+class LinearAttention(_MultiHead):
+    r"""Multi-head linear attention: softmax replaced by a plain average over the tokens $t = (c_1 \dots c_n, x)$.
+
+    $$A(C, x) = \sum_h W_O^h \, \tfrac{1}{n+1} \sum_i (W_V^h t_i)\, \langle W_K^h t_i, W_Q^h x\rangle .$$
+
+    >>> LinearAttention(dim=4, heads=2)(torch.randn(7, 4), torch.randn(4)).shape
+    torch.Size([4])
+    """
+
+    @validated_by(_check_layer_prompt)
+    def forward(
+        self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
+    ) -> Float[Tensor, "*batch dim"]:
+        """What the query reads from the context and itself."""
+        sequence = tokens(context, query)
+        q, k, v = (
+            self._heads(self.query, query),
+            self._heads(self.key, sequence),
+            self._heads(self.value, sequence),
+        )
+        scores = torch.einsum("...nhd,...hd->...nh", k, q) / sequence.shape[-2]
+        return self.output(torch.einsum("...nh,...nhd->...hd", scores, v).flatten(-2))
+
+
+class GRU(nn.Module):
+    """A gated recurrent unit that reads the context token by token, the query last; its last state is the result.
+
+    >>> GRU(dim=4, hidden=6)(torch.randn(3, 7, 4), torch.randn(3, 4)).shape
+    torch.Size([3, 6])
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.cell = nn.GRU(dim, hidden, batch_first=True)
+
+    @validated_by(_check_layer_prompt)
+    def forward(
+        self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
+    ) -> Float[Tensor, "*batch hidden"]:
+        """The state after the query."""
+        sequence = tokens(context, query)
+        flat = sequence.reshape(math.prod(query.shape[:-1]), *sequence.shape[-2:])  # nn.GRU takes one batch dimension
+        _, state = self.cell(flat)
+        return state[0].reshape(*query.shape[:-1], state.shape[-1])
+
+
+class MeanPooling(nn.Module):
+    r"""The mean of all tokens: $A(C, x) = (c_1 + \dots + c_n + x)/(n+1)$. No parameters, and the theorem holds still.
+
+    >>> MeanPooling()(torch.tensor([[1.0, 1.0], [3.0, 3.0]]), torch.tensor([2.0, 5.0]))
+    tensor([2., 3.])
+    """
+
+    dim = None  # reads any width
+
+    @validated_by(_check_layer_prompt)
+    def forward(
+        self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
+    ) -> Float[Tensor, "*batch dim"]:
+        """The mean over the context and the query."""
+        return tokens(context, query).mean(dim=-2)

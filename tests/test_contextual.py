@@ -1,0 +1,98 @@
+"""Contextual layers against plain NumPy loops."""
+
+import numpy as np
+import pytest
+import torch
+
+from icl_lib import GRU, LinearAttention, MeanPooling, SoftmaxAttention, symbolic
+
+
+def draw(n, dim=4, batch=()):
+    generator = torch.Generator().manual_seed(n)
+    tokens = torch.randn(*batch, n + 1, dim, generator=generator, dtype=torch.float64)
+    return tokens[..., :-1, :], tokens[..., -1, :]
+
+
+def numpy_attention(layer, context, query, weigh):
+    """One head and one token at a time."""
+    w_q, w_k, w_v, w_o = (m.weight.detach().numpy() for m in (layer.query, layer.key, layer.value, layer.output))
+    tokens = [*context.numpy(), query.numpy()]
+    read = []
+    for head in range(layer.heads):
+        rows = slice(head * layer.head_dim, (head + 1) * layer.head_dim)
+        scores = np.array([(w_k[rows] @ t) @ (w_q[rows] @ query.numpy()) for t in tokens])
+        read.append(sum(a * (w_v[rows] @ t) for a, t in zip(weigh(scores, layer.head_dim), tokens, strict=True)))
+    return w_o @ np.concatenate(read)
+
+
+def softmax(scores, head_dim):
+    exps = np.exp(scores / np.sqrt(head_dim))
+    return exps / exps.sum()
+
+
+@pytest.mark.parametrize("n", [0, 1, 9])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention(n, heads):
+    context, query = draw(n)
+    for kind, weigh in [(SoftmaxAttention, softmax), (LinearAttention, lambda scores, _: scores / len(scores))]:
+        layer = kind(4, heads, head_dim=3).double()
+        np.testing.assert_allclose(
+            layer(context, query).detach(), numpy_attention(layer, context, query, weigh), rtol=1e-12, atol=1e-14
+        )
+
+
+def test_one_token_attends_to_itself_as_derived():
+    layer, (context, query) = SoftmaxAttention(4).double(), draw(0)
+    formula = symbolic.single_token_attention().lambdify("torch")
+    with torch.no_grad():
+        derived = torch.as_tensor(formula(layer.output.weight, layer.value.weight, query)).reshape(-1)
+        torch.testing.assert_close(layer(context, query), derived, rtol=1e-12, atol=1e-14)
+        assert not torch.allclose(layer(*draw(1)), derived, rtol=1e-3)  # negative control: two tokens
+
+
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_gru(n):
+    layer, (context, query) = GRU(4, 5).double(), draw(n)
+    cell = layer.cell
+    w_i, w_h, b_i, b_h = (
+        getattr(cell, name).detach().numpy() for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    )
+    state = np.zeros(5)
+    for token in [*context.numpy(), query.numpy()]:
+        (r_i, z_i, n_i), (r_h, z_h, n_h) = np.split(w_i @ token + b_i, 3), np.split(w_h @ state + b_h, 3)
+        reset, update = 1 / (1 + np.exp(-(r_i + r_h))), 1 / (1 + np.exp(-(z_i + z_h)))
+        state = (1 - update) * np.tanh(n_i + reset * n_h) + update * state
+    np.testing.assert_allclose(layer(context, query).detach(), state, rtol=1e-12)
+
+
+def test_mean_pooling():
+    context, query = draw(9)
+    np.testing.assert_allclose(MeanPooling()(context, query), np.vstack([context, query]).mean(0), rtol=1e-12)
+    assert torch.equal(MeanPooling()(context[:0], query), query)
+
+
+@pytest.mark.parametrize("batch", [(2,), (2, 3), (0,)])
+def test_batches_are_single_prompts_stacked(batch):
+    context, query = draw(5, batch=batch)
+    for layer in (SoftmaxAttention(4, 2), LinearAttention(4, 2), GRU(4, 5), MeanPooling()):
+        layer = layer.double()
+        together = layer(context, query)
+        assert together.shape[:-1] == batch
+        for index in np.ndindex(*batch):
+            torch.testing.assert_close(together[index], layer(context[index], query[index]), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_at_every_position(causal):
+    layer = SoftmaxAttention(4, 2).double()
+    sequence = torch.randn(6, 4).double()
+    outputs = layer.at_every_position(sequence, causal)
+    for i in range(6):
+        others = sequence[:i] if causal else torch.cat([sequence[:i], sequence[i + 1 :]])
+        torch.testing.assert_close(outputs[i], layer(others, sequence[i]), rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(layer.at_every_position(sequence, not causal)[0], outputs[0], rtol=1e-3)
+
+
+def test_heads_that_do_not_divide_are_an_error():
+    with pytest.raises(ValueError, match="dim=4 is not a multiple of heads=3"):
+        SoftmaxAttention(4, 3)
