@@ -1,0 +1,148 @@
+r"""In-context linear regression: the papers' task, its prompts, and training on it.
+
+A prompt is $(x_1, \langle w, x_1\rangle), \dots, (x_N, \langle w, x_N\rangle), (x_q, 0)$ with $x_i, w \sim
+\mathcal N(0, I_d)$; the model is asked for $\langle w, x_q\rangle$ and answers in the last coordinate of its output at
+the last position. Every prompt has its own $w$, so the answer must come from the examples.
+
+Source: Garg et al. 2022 (arXiv 2208.01066); the setting of Dherin et al. (arXiv 2507.16003), Figure 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from icl_lib.environment import building_book
+from icl_lib.transformer import Transformer
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Regression prompts with their answers.
+
+    Attributes:
+        sequence: ``[count, N + 1, d + 1]``: the examples ``(x_i, y_i)``, then the query ``(x_q, 0)``.
+        target: ``[count]``: the answers.
+        task: ``[count, d]``: the hidden weights $w$.
+    """
+
+    sequence: Float[Tensor, "count length dim"]
+    target: Float[Tensor, " count"]
+    task: Float[Tensor, "count features"]
+
+    @property
+    def context(self) -> Float[Tensor, "count n dim"]:
+        """The examples."""
+        return self.sequence[:, :-1]
+
+    @property
+    def query(self) -> Float[Tensor, "count dim"]:
+        """The query token."""
+        return self.sequence[:, -1]
+
+
+def sample_prompts(
+    count: int,
+    examples: int,
+    features: int,
+    seed: int | torch.Generator,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> Prompts:
+    """Draw prompts; the same seed gives the same prompts in every dtype and on every device.
+
+    >>> prompts = sample_prompts(count=4, examples=10, features=2, seed=0)
+    >>> prompts.sequence.shape, prompts.target.shape
+    (torch.Size([4, 11, 3]), torch.Size([4]))
+    >>> bool(torch.allclose(prompts.target, (prompts.task * prompts.query[:, :2]).sum(-1)))
+    True
+    """
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    inputs = torch.randn(count, examples + 1, features, generator=generator, dtype=torch.float64)
+    task = torch.randn(count, features, generator=generator, dtype=torch.float64)
+    outputs = (inputs @ task.unsqueeze(-1)).squeeze(-1)
+    target = outputs[:, -1].clone()
+    outputs[:, -1] = 0
+    sequence = torch.cat([inputs, outputs.unsqueeze(-1)], dim=-1)
+    return Prompts(*(tensor.to(device, dtype) for tensor in (sequence, target, task)))
+
+
+def prediction(output: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
+    """The answer in a model's output at the query: its last coordinate."""
+    return output[..., -1]
+
+
+def mean_squared_error(output: Float[Tensor, "count dim"], prompts: Prompts) -> Float[Tensor, ""]:
+    """The task's loss for outputs at the query."""
+    return (prediction(output) - prompts.target).square().mean()
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a model is trained on fresh prompts at every step.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: prompts in a step.
+        examples: examples in a prompt, $N$.
+        features: input features, $d$.
+        learning_rate: Adam's, reached after a warm-up and lowered to zero along a cosine.
+        seed: of the initial weights and of the prompts.
+        every: steps between two measurements.
+    """
+
+    steps: int = 1000
+    batch: int = 128
+    examples: int = 100
+    features: int = 2
+    learning_rate: float = 3e-3
+    seed: int = 0
+    every: int = 50
+
+
+def train(
+    build: Callable[[], Transformer],
+    settings: TrainingSettings,
+    measure: Callable[[int, float, Transformer], None] | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Transformer:
+    """Build a model and train it; the same settings give the same model, bit for bit, on the same machine.
+
+    Args:
+        build: makes the untrained model; it is called with the random generator seeded by ``settings.seed``, and the
+            global generator is put back afterwards.
+        settings: see :class:`TrainingSettings`.
+        measure: called as ``measure(step, training_loss, model)`` before the first step, every ``settings.every`` steps
+            and after the last one.
+        progress: show a progress bar (never while the book is built).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = build().to(device, dtype)
+    prompts = torch.Generator().manual_seed(settings.seed + 1)
+    optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, settings.learning_rate, total_steps=settings.steps + 1, pct_start=0.1, cycle_momentum=False
+    )
+    bar = tqdm(range(settings.steps + 1), desc="training", unit="step", disable=not progress or building_book())
+    for step in bar:
+        batch = sample_prompts(settings.batch, settings.examples, settings.features, prompts, dtype, device)
+        loss = mean_squared_error(model.at_query(batch.sequence), batch)
+        if step % settings.every == 0 or step == settings.steps:
+            bar.set_postfix(loss=f"{loss.item():.3g}")
+            if measure is not None:
+                with torch.no_grad():
+                    measure(step, loss.item(), model)
+        if step < settings.steps:
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+    return model.requires_grad_(False).eval()
