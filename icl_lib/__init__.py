@@ -1,5 +1,7 @@
 """In-context learning as exact weight updates: derive them, compute them, verify them on your own transformer."""
 
+from typing import Any
+
 from icl_lib.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.low_rank import LowRank
@@ -13,11 +15,22 @@ __all__ = [
     "LinearAttention",
     "LowRank",
     "MeanPooling",
+    "Playground",
     "SoftmaxAttention",
     "Transformer",
     "TransformerConfig",
     "bias_update",
+    "explore",
     "implicit_update",
     "kept_context",
     "weight_update",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Widgets need packages that computing does not (the extra [book]); they are imported when first asked for.
+    if name in ("Playground", "explore"):
+        from icl_lib import widgets
+
+        return getattr(widgets, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,253 @@
+"""Pictures of given numbers: matplotlib drawings as inline SVG that follow the page's light or dark theme.
+
+A drawing function is three lines: open a :func:`figure`, draw, return a :class:`Figure` with a text alternative.
+
+>>> with figure(width=4, height=2) as (fig, ax):
+...     _ = ax.plot([0, 1, 2], [1.0, 0.3, 0.1], color=COLOURS["vermillion"])
+>>> Figure(fig, alt="A curve that falls from 1 to 0.1.")
+Figure('A curve that falls from 1 to 0.1.')
+
+No mathematics here: what a picture shows was computed elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from icl_lib.theorem import weight_update
+
+INK = "#000000"
+"""Black stands for the ink, which a :class:`Figure` draws in the text colour of the page, whatever that is."""
+
+COLOURS = {
+    "blue": "#2b7fc4",
+    "vermillion": "#d55e00",
+    "green": "#009e73",
+    "purple": "#b565a7",
+    "ochre": "#a97f10",
+    "grey": "#808080",
+}
+"""The series colours in their order; each has a contrast of 3 against white and dark pages, and colour-blind readers
+can tell them apart."""
+
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.prop_cycle": cycler(color=list(COLOURS.values())),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "font.size": 11,
+    "grid.alpha": 0.13,
+    "grid.color": INK,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+"""The matplotlib settings of every picture; :func:`figure` applies them."""
+
+# A file opened by itself, or shown by a code host, has no page to take its ink and font from.
+_STANDALONE = (
+    "<style>svg{color:#1f2328;font-family:system-ui,sans-serif}"
+    "@media(prefers-color-scheme:dark){svg{color:#d1d7e0}}</style>"
+)
+
+
+@contextlib.contextmanager
+def figure(
+    width: float | int = 5.2, height: float | int = 3.2, rows: int = 1, columns: int = 1, **subplots: Any
+) -> Iterator[tuple[MatplotlibFigure, Any]]:
+    """A styled matplotlib figure and its axes (one, or an array of them) to draw on inside the ``with`` block.
+
+    It stays out of pyplot's global state, so nothing has to be closed. ``width`` and ``height`` are in inches at the
+    size of the text; the page scales a picture down to fit, never up. Further arguments go to matplotlib's
+    ``Figure.subplots`` (``sharex``, ``width_ratios``, …).
+
+    >>> with figure(rows=1, columns=2, sharey=True) as (fig, (left, right)):
+    ...     _ = left.plot([1, 2]), right.plot([2, 1])
+    """
+    with matplotlib.rc_context(STYLE):
+        fig = MatplotlibFigure(figsize=(width, height), layout="constrained")
+        yield fig, fig.subplots(rows, columns, **subplots)
+
+
+class Figure:
+    """A matplotlib figure as inline SVG, ready for a page, a notebook or a file.
+
+    The ink follows the surrounding text colour, so one picture serves light and dark themes. The same drawing gives the
+    same bytes: no date, no counter, and identifiers prefixed by a hash of the content, so that two pictures on a page
+    never share one by accident.
+
+    Args:
+        fig: the matplotlib figure. One made with pyplot is closed, so that a notebook does not show it twice.
+        alt: what the picture shows, in words, for readers who cannot see it.
+
+    Raises `ValueError` if ``fig`` is no matplotlib figure or ``alt`` is empty.
+
+    >>> with figure() as (fig, ax):
+    ...     _ = ax.plot([0, 1])
+    >>> picture = Figure(fig, alt="a rising line")
+    >>> 'role="img" aria-label="a rising line"' in picture.svg, "currentColor" in picture.svg
+    (True, True)
+    """
+
+    def __init__(self, fig: Any, alt: Any) -> None:
+        if not isinstance(fig, MatplotlibFigure):
+            raise ValueError(f"fig is a {type(fig).__name__}: give a matplotlib figure, for example plt.gcf().")
+        if not isinstance(alt, str) or not alt.strip():
+            raise ValueError(f"alt is {alt!r}: say in a sentence what the picture shows.")
+        self.alt: str = alt
+        self.svg: str = _themed(_draw(fig), alt)
+
+    def _repr_html_(self) -> str:
+        return f'<div class="icl-figure" style="overflow-x:auto">{self.svg}</div>'
+
+    def __repr__(self) -> str:
+        return f"Figure({self.alt!r})"
+
+    def save(self, path: str | Path) -> None:
+        """Write a standalone SVG file, which follows the reader's light or dark setting too."""
+        Path(path).write_text(self.svg.replace(">", f">{_STANDALONE}", 1) + "\n", encoding="utf-8")
+
+
+class Row:
+    """Pictures side by side, and below each other where the page is narrow, so that none is scaled down to a stamp.
+
+    >>> with figure(width=3) as (fig, ax):
+    ...     _ = ax.plot([0, 1])
+    >>> picture = Figure(fig, alt="a rising line")
+    >>> Row(picture, picture)._repr_html_().count("<svg")
+    2
+    """
+
+    def __init__(self, *pictures: Figure) -> None:
+        self.pictures = pictures
+
+    def _repr_html_(self) -> str:
+        style = "display:flex;flex-wrap:wrap;justify-content:center;gap:0.5rem 1rem"
+        inner = "".join(picture._repr_html_() for picture in self.pictures)
+        return f'<div class="icl-row" style="{style}">{inner}</div>'
+
+
+def _draw(fig: MatplotlibFigure) -> str:
+    """The bare ``<svg>`` element that matplotlib writes."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "icl_lib"}):
+        fig.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
+    if getattr(fig, "number", None) is not None:
+        from matplotlib import pyplot  # only a pyplot figure has a number, so pyplot is loaded already
+
+        pyplot.close(fig)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].strip()
+
+
+def _themed(svg: str, alt: str) -> str:
+    """The same picture in the page's ink and font, with its own identifiers and only the digits one can see."""
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = svg.replace(INK, "currentColor")
+    svg = re.sub(r'\b(?:d|x|y|transform)="(?!matrix|scale)[^"]*"', lambda m: re.sub(r"(\.\d{2})\d+", r"\1", m[0]), svg)
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
+    svg = re.sub(r"\s*\n\s*", "\n", svg)
+    prefix = f"f{hashlib.sha256((alt + svg).encode()).hexdigest()[:10]}-"
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
+    width = re.search(r'width="([\d.]+)pt"', svg)[1]
+    svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    style = f"width:{float(width) * 4 / 3:.0f}px;max-width:100%;height:auto;display:block;margin:auto"
+    head = f'<svg role="img" aria-label="{html.escape(alt)}" fill="currentColor" style="{style}" '
+    return svg.replace("<svg ", head, 1)
+
+
+PLANE_EXAMPLE = {"W": ((1.0, 0.5), (-0.3, 0.9)), "a": (1.5, 0.4), "d": (-0.6, 1.0)}
+"""The layer and the activations that :class:`~icl_lib.widgets.Playground` starts from, and the README shows."""
+
+
+def rank_one_picture(W: Any, a: Any, d: Any) -> Figure:
+    r"""What a prompt does to a layer of two units, and the rank-one edit that does the same: two planes side by side.
+
+    Left, what the layer reads: ``a`` ($a_0$, without the context) and ``a + d`` ($a_C$, with it). Right, what it
+    makes of them: $W a_0$, $W a_C$ and $(W + \Delta W)\,a_0$, with $\Delta W$ from
+    :func:`icl_lib.theorem.weight_update`.
+
+    Shapes: ``W`` ``[2, 2]``, ``a`` and ``d`` ``[2]``; anything that `torch.as_tensor` takes. Raises `ValueError` for
+    other shapes, for numbers that are not finite and for a zero ``a``.
+
+    >>> rank_one_picture(**PLANE_EXAMPLE).alt[:30]
+    'Two planes. Left, the input: a'
+    """
+    W, a, d = (plane_array(name, value) for name, value in (("W", W), ("a", a), ("d", d)))
+    weight, a_0, a_C = (torch.as_tensor(value) for value in (W, a, a + d))
+    edited = (weight + weight_update(weight, a_0, a_C).dense()) @ a_0
+    with figure(width=6.6, height=3.1, columns=2) as (fig, (left, right)):
+        _plane(left, "what the layer reads", 1.15 * max(np.abs(a).max(), np.abs(a + d).max()))
+        _arrow(left, a, COLOURS["blue"], "$a_0$")
+        _arrow(left, a + d, COLOURS["vermillion"], "$a_C$")
+        _arrow(left, a + d, INK, "δ", start=a, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
+        _plane(right, "what it makes of them", 1.15 * max(np.abs(W @ a).max(), np.abs(W @ (a + d)).max()))
+        _arrow(right, W @ a, COLOURS["blue"], "$W a_0$")
+        _arrow(right, W @ (a + d), COLOURS["vermillion"], "", arrowstyle="-", linewidth=7, alpha=0.4)
+        _arrow(right, edited.numpy(), COLOURS["green"], "$W a_C = (W + ΔW)\\, a_0$")
+    at_C, at_0 = (", ".join(f"{x:.2f}" for x in v) for v in (a + d, a))
+    return Figure(
+        fig,
+        f"Two planes. Left, the input: a₀ = ({at_0}) without the context, a_C = ({at_C}) with it. Right, the output: "
+        "the edited weights W + ΔW send a₀ exactly to where W sends a_C, away from W a₀.",
+    )
+
+
+def plane_array(name: str, value: Any) -> np.ndarray:
+    """``W`` as a ``[2, 2]`` array of finite numbers, ``a`` or ``d`` as ``[2]``; otherwise a `ValueError` names it.
+
+    >>> plane_array("a", (1, 2))
+    array([1., 2.])
+    """
+    shape = (2, 2) if name == "W" else (2,)
+    try:
+        array = torch.as_tensor(value, dtype=torch.float64).detach().cpu().numpy()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}: give numbers of shape {shape}.") from None
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}: the picture is of the plane, give shape {shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}{np.argwhere(~np.isfinite(array))[0].tolist()} is not finite: give finite numbers.")
+    return array
+
+
+def _plane(ax: Axes, title: str, reach: float) -> None:
+    ax.set(title=title, aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach), xticklabels=[], yticklabels=[])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.axhline(0, color=INK, alpha=0.35, linewidth=0.8)
+    ax.axvline(0, color=INK, alpha=0.35, linewidth=0.8)
+
+
+def _arrow(ax: Axes, tip: np.ndarray, colour: str, label: str, start: Any = (0, 0), **style: Any) -> None:
+    style = {"arrowstyle": "-|>", "linewidth": 2.2, "mutation_scale": 14, "shrinkA": 0, "shrinkB": 0, **style}
+    ax.annotate("", tip, start, arrowprops={"color": colour, **style})
+    at = (np.asarray(start) + tip) / 2 if np.any(start) else tip
+    side = "left" if at[0] >= 0 else "right"
+    ax.annotate(label, at, xytext=(6 if side == "left" else -6, 3), textcoords="offset points", ha=side, color=colour)

@@ -1,0 +1,113 @@
+"""The chapters' pictures: data in, :class:`~icl_lib.figures.Figure` out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from icl_lib.experiments import TrainingCurves
+from icl_lib.figures import COLOURS, Figure, Row, figure
+
+
+def training_curves(curves: TrainingCurves) -> Figure:
+    """Validation loss over training: the prompted model, the edited model on the bare query, and two controls."""
+    with figure(width=4.6, height=3.9) as (fig, ax):
+        ax.plot(curves.step, curves.swapped, color=COLOURS["grey"], linestyle=":", label="another prompt's edit")
+        ax.plot(curves.step, curves.unedited, color=COLOURS["grey"], linestyle="--", label="bare query, no edit")
+        ax.plot(
+            curves.step,
+            curves.prompted,
+            color=COLOURS["vermillion"],
+            linewidth=7,
+            alpha=0.45,
+            label="prompt, $T_W(C, x)$",
+        )
+        ax.plot(curves.step, curves.edited, color=COLOURS["blue"], label="edited weights, $T_{W+ΔW}(x)$")
+        ax.set(yscale="log", xlabel="training step", ylabel="validation loss")
+        ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small")
+    return Figure(
+        fig,
+        f"Validation loss over {curves.step[-1]} training steps. The curve of the prompted model falls from "
+        f"{curves.prompted[0]:.2g} to {curves.prompted[-1]:.2g}; the curve of the edited model on the bare query "
+        f"lies on it. Without an edit the loss stays at {curves.unedited[-1]:.2g}, with another prompt's edit it is "
+        f"{curves.swapped[-1]:.2g}.",
+    )
+
+
+def removal(
+    kept: Sequence[int],
+    norms: Sequence[float],
+    prompted: float,
+    edited: Sequence[float],
+    bare: Sequence[float],
+    at: int,
+) -> Row:
+    """Removing more or less of a context: size of the edit, and the outputs with and without it.
+
+    Args:
+        kept: how many context tokens stay, in each case.
+        norms: the edit's Frobenius norm.
+        prompted: the output with the full context.
+        edited: the edited model's output on what is left.
+        bare: the unedited model's output on what is left. Control.
+        at: the case to point out, an index into ``kept``.
+    """
+    here = f"With {kept[at]} of {kept[-1]} examples kept"
+    with figure(width=3.3, height=2.9) as (size, ax):
+        _walked(ax, kept, norms, at)
+        ax.set(title="size of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, None))
+    with figure(width=3.3, height=2.9) as (answers, ax):
+        ax.axhline(prompted, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="full prompt")
+        _walked(ax, kept, bare, at, color=COLOURS["grey"], linestyle="--", label="kept part, no edit")
+        _walked(ax, kept, edited, at, label="kept part + edit")
+        ax.set(title="the model's answer", xlabel="examples kept")
+        ax.legend(fontsize="small")
+    return Row(
+        Figure(size, f"{here}, the edit has norm {norms[at]:.2f}."),
+        Figure(
+            answers,
+            f"{here}: the full prompt's answer is {prompted:.3f}; the kept part with the edit gives {edited[at]:.3f}, "
+            f"without it {bare[at]:.3f}.",
+        ),
+    )
+
+
+def solution_family(steps: Sequence[float], norms: Sequence[float], matrix: np.ndarray, at: int) -> Row:
+    """Walking along the solutions of the constraint: the norm on the way, and the matrix at one place.
+
+    Args:
+        steps: distance walked from the least-norm solution.
+        norms: Frobenius norm of the solution there.
+        matrix: ``[out, in]``, the solution at ``steps[at]``.
+        at: where we are.
+    """
+    limit = np.abs(matrix).max()
+    with figure(width=3.6, height=2.8) as (size, ax):
+        _walked(ax, steps, norms, at)
+        ax.set(title="size of the edit", xlabel="how far along the solution set, $t$", ylim=(0, None))
+    with figure(width=2.9, height=2.8) as (heat, ax):
+        ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit)
+        for (i, j), value in np.ndenumerate(matrix):
+            colour = "#ffffff" if abs(value) > limit / 2 else "#111111"
+            ax.annotate(f"{value:.2f}", (j, i), ha="center", va="center", color=colour)
+        ax.set(title=f"the edit at t = {steps[at]:g}", xticks=[], yticks=[])
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+    return Row(
+        Figure(
+            size,
+            "The norm of the solutions against the distance t from the least one, smallest at t = 0. "
+            f"Here t is {steps[at]:g} and the norm {norms[at]:.2f}.",
+        ),
+        Figure(heat, f"The solution at t = {steps[at]:g} as a heat map."),
+    )
+
+
+def _walked(ax: Axes, x: Sequence[float], y: Sequence[float], at: int, **style: Any) -> None:
+    """A curve, with a dot at one of its points."""
+    style = {"color": COLOURS["blue"], **style}
+    ax.plot(x, y, **style)
+    ax.plot(x[at], y[at], "o", color=style["color"], markersize=9)

@@ -1,0 +1,41 @@
+// The host of the modules on a page without a kernel: the same `render({model, el})` that anywidget calls, with a model
+// that lives in the page. `modules` is what the page's bundle has collected before this.
+class PageModel {
+  #state;
+  #listeners = new Map();
+  constructor(state) {
+    this.#state = state;
+  }
+  get(name) {
+    return this.#state[name];
+  }
+  set(name, value) {
+    this.#state[name] = value;
+    this.#changed.add(name);
+  }
+  #changed = new Set();
+  // As with anywidget, one call after several changes; a listener to all of them then draws once.
+  save_changes() {
+    const called = new Set([...this.#changed].flatMap((name) => this.#listeners.get(`change:${name}`) ?? []));
+    this.#changed.clear();
+    for (const listener of called) listener();
+  }
+  on(event, listener) {
+    this.#listeners.set(event, [...(this.#listeners.get(event) ?? []), listener]);
+  }
+  off(event, listener) {
+    this.#listeners.set(event, (this.#listeners.get(event) ?? []).filter((other) => other !== listener));
+  }
+}
+
+for (const place of document.querySelectorAll(".icl-widget[data-widget]")) {
+  const el = document.createElement("div");
+  try {
+    const state = JSON.parse(place.querySelector("script[type='application/json']").textContent);
+    modules[place.dataset.widget].render({ model: new PageModel(state), el, fallback: place });
+    place.replaceChildren(el);
+    place.dataset.ready = "true";
+  } catch (error) {
+    console.error(`The widget ${place.dataset.widget} could not start; its drawn version stays.`, error);
+  }
+}

@@ -1,0 +1,234 @@
+"""One call that puts controls on a drawing function."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import itertools
+import math
+import numbers
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ipywidgets
+from matplotlib.figure import Figure as MatplotlibFigure
+
+from icl_lib.environment import building_book
+from icl_lib.figures import Figure
+from icl_lib.widgets.page import Page, page_html
+
+MAX_FRAMES = 200
+MAX_PAGE_BYTES = 4_000_000
+"""What one :func:`explore` may add to a page: every combination of its controls is drawn when the book is built."""
+
+
+def explore(
+    draw: Any,
+    /,
+    *,
+    initial: Any = None,
+    labels: Any = None,
+    **controls: Any,
+) -> Any:
+    """Put controls on a drawing function: ``explore(draw, k=range(1, 9), trained=[False, True])``.
+
+    With a kernel, moving a control calls ``draw`` again. While the book is built, ``draw`` is called once for every
+    combination of values, and the page gets the same controls over these frames. Nothing else is needed for either.
+
+    Args:
+        draw: called as ``draw(k=3, trained=False)``. Returns a :class:`~icl_lib.figures.Figure`, a matplotlib figure,
+            anything with ``_repr_html_`` or ``_repr_latex_``, a string, a number, or a list of these.
+        initial: the values to start from, by name; otherwise the first of each control.
+        labels: what to call a control, by name; otherwise its name, with spaces for underscores.
+        controls: the values of each argument of ``draw``. A ``range``, list, tuple or one-dimensional array of numbers
+            makes a slider; a list of strings, or a dictionary from labels to values, makes buttons or a menu;
+            ``[False, True]`` makes a checkbox.
+
+    Returns:
+        What a cell can end with, an ``ipywidgets.VBox`` where there is a kernel, HTML while the book is built.
+
+    Raises:
+        ValueError: for a control that is empty, not finite or not an argument of ``draw``, for an ``initial`` value
+            that is not among the values, for more combinations than `MAX_FRAMES`, and for a result of ``draw`` that
+            cannot be shown; it says which.
+
+    >>> view = explore(lambda k: f"k squared is {k**2}", k=range(4))
+    >>> [type(child).__name__ for child in view.children]
+    ['SelectionSlider', 'Output']
+    """
+    if not callable(draw):
+        raise ValueError(f"draw is a {type(draw).__name__}: give a function that returns a picture for given values.")
+    if not controls:
+        raise ValueError("explore has no controls: give the values of draw's arguments, for example k=range(5).")
+    initial, labels = ({} if option is None else option for option in (initial, labels))
+    for given, option in (("initial", initial), ("labels", labels)):
+        if not isinstance(option, Mapping):
+            raise ValueError(f"{given} is {option!r}: give a dictionary by the names of the controls.")
+        for name in option:
+            if name not in controls:
+                raise ValueError(f"{given}[{name!r}] names no control: the controls are {', '.join(controls)}.")
+    parsed = [
+        _Control.of(name, values, str(labels.get(name, name.replace("_", " ")))) for name, values in controls.items()
+    ]
+    _require_arguments(draw, parsed)
+    start = [control.place(initial[control.name]) if control.name in initial else control.at for control in parsed]
+    frames = math.prod(len(control.values) for control in parsed)
+    if frames > MAX_FRAMES:
+        sizes = " × ".join(f"{control.name}: {len(control.values)}" for control in parsed)
+        raise ValueError(f"{frames} frames ({sizes}), at most {MAX_FRAMES}: give some controls fewer values.")
+    return (_frames if building_book() else _live)(draw, parsed, start)
+
+
+@dataclass(frozen=True)
+class _Control:
+    """One control: its values, and what the reader sees for each."""
+
+    name: str
+    label: str
+    kind: str  # "slider", "choice" or "checkbox"
+    texts: list[str]
+    values: list[Any]
+    at: int = 0  # the place of the value to start from
+
+    @classmethod
+    def of(cls, name: str, given: Any, label: str) -> _Control:
+        if isinstance(given, Mapping):
+            texts, values, kind = [str(text) for text in given], list(given.values()), "choice"
+        elif isinstance(given, (str, bytes, set, frozenset)) or not isinstance(given, Iterable):
+            raise ValueError(f"{name} is {given!r}: give a list, a range, an array, or a dictionary of its values.")
+        else:
+            values = given.tolist() if hasattr(given, "tolist") else list(given)  # Python numbers from an array
+            if not isinstance(values, list) or any(isinstance(value, list) for value in values):
+                raise ValueError(f"{name} has shape {tuple(given.shape)}: give an array with one dimension.")
+            for i, value in enumerate(values):
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{name}[{i}] is {value}: give finite numbers, or a dictionary with labels.")
+            texts = [_text(value) for value in values]
+            if len(set(texts)) < len(texts):
+                texts = [str(value) for value in values]
+            if values in ([False, True], [True, False]) and all(isinstance(value, bool) for value in values):
+                return cls(name, label, "checkbox", ["False", "True"], [False, True], int(values[0]))
+            kind = "choice" if all(isinstance(value, (str, bool)) for value in values) else "slider"
+        if not values:
+            raise ValueError(f"{name} is empty: give at least one value.")
+        twice = [text for i, text in enumerate(texts) if text in texts[:i]]
+        if twice:
+            raise ValueError(f"{name} has {twice[0]} twice: give each value once.")
+        return cls(name, label, kind, texts, values)
+
+    def place(self, value: Any) -> int:
+        """The index of a value, or of its label."""
+        text = _text(value)
+        for i in range(len(self.values)):
+            if self.values[i] is value or self.texts[i] == text:
+                return i
+        raise ValueError(f"initial[{self.name!r}] is {value!r}: choose one of {', '.join(self.texts)}.")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}".replace("-", "−") if isinstance(value, float) else str(value)
+
+
+def _require_arguments(draw: Any, controls: list[_Control]) -> None:
+    try:
+        signature = inspect.signature(draw)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(**{control.name: None for control in controls})
+    except TypeError as error:
+        given = ", ".join(control.name for control in controls)
+        raise ValueError(
+            f"draw{signature} cannot be called with the controls {given}: {error}. "
+            "Give one control for each of its arguments, under the same name."
+        ) from None
+
+
+def _drawn(draw: Any, controls: list[_Control], at: Iterable[int]) -> str:
+    """The HTML of ``draw`` at one combination of the controls' values."""
+    at = list(at)
+    where = ", ".join(f"{control.label} = {control.texts[i]}" for control, i in zip(controls, at, strict=True))
+    values = {control.name: control.values[i] for control, i in zip(controls, at, strict=True)}
+    try:
+        result = draw(**values)
+    except Exception as error:
+        raise RuntimeError(f"draw failed at {where}") from error
+    return _shown(result, where)
+
+
+def _shown(value: Any, where: str) -> str:
+    if isinstance(value, (list, tuple)) and value:
+        return "".join(_shown(part, where) for part in value)
+    if isinstance(value, MatplotlibFigure):
+        value = Figure(value, alt=where)
+    text = getattr(value, "_repr_html_", lambda: None)()
+    if text is not None:
+        return text
+    text = getattr(value, "_repr_latex_", lambda: None)()
+    if text is not None:
+        return rf'<div class="math notranslate nohighlight">\[{html.escape(text.strip("$"))}\]</div>'
+    if isinstance(value, (str, numbers.Number)):
+        return f'<p style="white-space:pre-wrap">{html.escape(str(value))}</p>'
+    raise ValueError(
+        f"draw returned {type(value).__name__} for {where}: return a Figure, a matplotlib figure, a string, or an "
+        "object with _repr_html_ or _repr_latex_."
+    )
+
+
+def _live(draw: Any, controls: list[_Control], start: list[int]) -> ipywidgets.VBox:
+    output = ipywidgets.Output()
+    inputs = [_input(control, at) for control, at in zip(controls, start, strict=True)]
+
+    def redraw() -> None:
+        text = _drawn(draw, controls, [int(control.value) for control in inputs])
+        output.outputs = ({"output_type": "display_data", "data": {"text/html": text}, "metadata": {}},)
+
+    def moved(_: Any) -> None:
+        try:
+            redraw()
+        except Exception as error:  # nobody else would show it: this runs outside any cell
+            lines = traceback.format_exception(error)
+            error_output = {"output_type": "error", "ename": type(error).__name__, "evalue": str(error)}
+            output.outputs = ({**error_output, "traceback": lines},)
+
+    for control in inputs:
+        control.observe(moved, names="value")
+    redraw()
+    return ipywidgets.VBox([*inputs, output])
+
+
+def _input(control: _Control, at: int) -> ipywidgets.ValueWidget:
+    """The ipywidget of a control; its value is the index of the control's value."""
+    if control.kind == "checkbox":
+        return ipywidgets.Checkbox(value=bool(at), description=control.label, indent=False)
+    kinds = {"slider": ipywidgets.SelectionSlider, "choice": ipywidgets.Dropdown}
+    if control.kind == "choice" and len(control.texts) <= 4:
+        kinds["choice"] = ipywidgets.ToggleButtons
+    options = [(text, i) for i, text in enumerate(control.texts)]
+    style = {"description_width": "initial"}
+    return kinds[control.kind](options=options, value=at, description=control.label, style=style)
+
+
+def _frames(draw: Any, controls: list[_Control], start: list[int]) -> Page:
+    frames: dict[str, int] = {}  # equal frames are kept once
+    places = list(itertools.product(*(range(len(control.values)) for control in controls)))
+    order = [frames.setdefault(_drawn(draw, controls, at), len(frames)) for at in places]
+    first = list(frames)[order[places.index(tuple(start))]]
+    state = {
+        "controls": [
+            {"label": control.label, "kind": control.kind, "options": control.texts, "at": at}
+            for control, at in zip(controls, start, strict=True)
+        ],
+        "frames": [None if text == first else text for text in frames],
+        "order": order,
+    }
+    page = page_html("explore", state, f'<div class="icl-explore"><div class="icl-frame">{first}</div></div>')
+    size = len(page.encode())
+    if size > MAX_PAGE_BYTES:
+        raise ValueError(
+            f"{len(order)} frames take {size / 1e6:.1f} MB of the page, at most {MAX_PAGE_BYTES / 1e6:.0f} MB: give "
+            "some controls fewer values, or draw fewer points in a frame."
+        )
+    return Page(page)

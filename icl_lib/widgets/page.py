@@ -1,0 +1,36 @@
+"""Widgets on a page without a kernel: their state and what they show, as HTML."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STATIC = Path(__file__).resolve().parents[1] / "static"
+"""The front end, ES modules that anywidget loads, and that the book bundles."""
+
+
+class Page:
+    """HTML that ends a cell of the book."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def _repr_html_(self) -> str:
+        return self._text
+
+
+def page_html(widget: str, state: Mapping[str, Any], fallback: str) -> str:
+    r"""The HTML of a widget for a page without a kernel: its state, and what a reader without JavaScript sees.
+
+    >>> page_html("explore", {"label": "</script>"}, "<p>a picture</p>")
+    '<div class="icl-widget" data-widget="explore"><script type="application/json">{"label": "<\\/script>"}</script><p>a picture</p></div>'
+    """  # noqa: E501
+    text = json.dumps(state, allow_nan=False, ensure_ascii=False)
+    text = text.replace("</", "<\\/").replace("<!--", "\\u003c!--")  # nothing in it may end the script element
+    return (
+        f'<div class="icl-widget" data-widget="{html.escape(widget)}">'
+        f'<script type="application/json">{text}</script>{fallback}</div>'
+    )

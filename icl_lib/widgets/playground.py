@@ -1,0 +1,71 @@
+"""The rank-one edit in the plane, to drag."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import anywidget
+import traitlets
+
+from icl_lib.environment import building_book
+from icl_lib.figures import PLANE_EXAMPLE, plane_array, rank_one_picture
+from icl_lib.widgets.page import STATIC, page_html
+
+
+class _PlaneArray(traitlets.TraitType):
+    """Numbers of a fixed shape as nested lists; takes tensors and arrays, and says what is wrong with others."""
+
+    def validate(self, obj: Any, value: Any) -> Any:
+        return plane_array(self.name, value).tolist()
+
+
+class Playground(anywidget.AnyWidget):
+    r"""The rank-one edit in the plane: drag what the layer reads, see $(W + \Delta W)\,a_0$ meet $W a_C$.
+
+    Two vectors can be moved by mouse, touch or arrow keys: ``a`` is $a_0$, what the layer reads without the context,
+    and ``a + d`` is $a_C = a_0 + \delta$, what it reads with it. The front end applies $W + \Delta W$ to $a_0$ and
+    prints the residual; with ``applied=False``, the negative control, it applies $W$ alone.
+
+    With a kernel the attributes ``W``, ``a``, ``d`` and ``applied`` follow the reader's hand, and ``observe`` works.
+
+    Shapes: ``W`` ``[2, 2]``, ``a`` and ``d`` ``[2]``; lists, arrays or tensors. Raises `ValueError` for other shapes,
+    for numbers that are not finite and for a zero ``a``. (A reader may drag $a_0$ to zero, and is told what that
+    means.)
+
+    >>> playground = Playground(W=[[1, 0], [0, 2]], a=[1, 0], d=[0, 1])
+    >>> playground.a, playground.applied
+    ([1.0, 0.0], True)
+    """
+
+    _esm = STATIC / "playground.mjs"
+    _css = STATIC / "widgets.css"
+
+    W = _PlaneArray().tag(sync=True)
+    a = _PlaneArray().tag(sync=True)
+    d = _PlaneArray().tag(sync=True)
+    applied = traitlets.Bool(True).tag(sync=True)
+
+    def __init__(
+        self,
+        W: Any = PLANE_EXAMPLE["W"],
+        a: Any = PLANE_EXAMPLE["a"],
+        d: Any = PLANE_EXAMPLE["d"],
+        applied: bool = True,
+    ) -> None:
+        if not plane_array("a", a).any():
+            raise ValueError("a is zero: the theorem needs a₀ ≠ 0; start from another a.")
+        super().__init__(W=W, a=a, d=d, applied=applied)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        if building_book():
+            state = {name: getattr(self, name) for name in ("W", "a", "d", "applied")}
+            picture = rank_one_picture(self.W, self.a, self.d)._repr_html_() if any(self.a) else "<p>a₀ = 0</p>"
+            bundle[0]["text/html"] = page_html("playground", state, picture)
+        return bundle
+
+
+Playground.__signature__ = inspect.Signature(  # traitlets shows every widget as (*args, **kwargs)
+    list(inspect.signature(Playground.__init__).parameters.values())[1:]
+)
