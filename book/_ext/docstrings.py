@@ -1,0 +1,41 @@
+r"""The mathematics of docstrings: ``$x$`` and ``$$x$$``, as chapters write it, become Sphinx's roles and directives.
+
+A docstring then reads the same in ``help()``, in JupyterLab and on the API page.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def with_math(lines: list[str]) -> list[str]:
+    r"""The same docstring with reStructuredText's own notation for mathematics; code and examples stay as they are.
+
+    >>> with_math(["The norm $\\|x\\|$ costs ``$5``."])
+    ['The norm :math:`\\|x\\|` costs ``$5``.']
+    >>> with_math(["$$", "x = 1", "$$"])
+    ['', '.. math::', '', '   x = 1', '']
+    """
+    text = re.sub(r"^([ \t]*)\$\$(.+?)\$\$[ \t]*$", _display, "\n".join(lines), flags=re.DOTALL | re.MULTILINE)
+    literal = r"``.+?``|^[ \t]*(?:>>>|\.\.\.).*$"
+    inline = r"(?<![\\$\w])\$(?! )([^$`]+?)(?<! )\$(?![\w$])"
+    math = re.compile(f"(?P<literal>{literal})|{inline}", re.MULTILINE)
+    return math.sub(lambda m: m[0] if m["literal"] else f":math:`{' '.join(m[2].split())}`", text).split("\n")
+
+
+def _display(match: re.Match[str]) -> str:
+    indent = match[1]
+    body = [f"{indent}   {line.strip()}" for line in match[2].strip().split("\n")]
+    return "\n".join(["", f"{indent}.. math::", "", *body, ""])
+
+
+def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Sphinx's event ``autodoc-process-docstring``."""
+    lines[:] = with_math(lines)
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon reads the sections
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,128 @@
+"""What each page loads: everything from the site itself, and only what the page uses.
+
+- The widgets' ES modules become one classic deferred script: a module cannot be loaded from ``file://``.
+- RequireJS, the ipywidgets manager and the widgets' saved state stay only where a live ipywidgets view needs them.
+- MathJax comes from the site; of its 24 MB only what a page can ask for is kept.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BOOK = Path(__file__).resolve().parents[1]
+STATIC = BOOK.parent / "icl_lib" / "static"
+SCRIPT, STYLE, EVERYWHERE = "widgets.js", "widgets.css", "book.css"
+MATHJAX_KEPT = (  # the entry, what it loads by itself, and what its menu's accessibility settings load
+    "tex-chtml.js",
+    "output/chtml/fonts",
+    "input/tex/extensions",
+    "a11y",
+    "sre/mathmaps/base.json",
+    "sre/mathmaps/en.json",
+)
+WIDGET = '<div class="icl-widget"'  # how icl_lib.widgets.page_html begins
+IPYWIDGETS = ("require.min.js", "embed-amd.js")
+
+
+def bundle(modules: Mapping[str, str], host: str) -> str:
+    """One classic script out of ES modules by name, and the host that runs them.
+
+    Raises `ValueError` for a module that imports, or whose last statement is not ``export default { … };``.
+
+    >>> print(bundle({"dot": "export const r = 1;\\nexport default { r };\\n"}, "modules.dot.r;"))
+    (() => {
+    "use strict";
+    const modules = {};
+    (() => {
+    const r = 1;
+    modules["dot"] = { r };
+    })();
+    modules.dot.r;
+    })();
+    """
+    parts = ["(() => {", '"use strict";', "const modules = {};"]
+    for name, source in sorted(modules.items()):
+        body, ends = re.subn(r"^export default (\{[^}]*\});\s*\Z", f'modules["{name}"] = \\1;', source, flags=re.M)
+        body = re.sub(r"^export (?=(?:async )?(?:const|let|function|class)\b)", "", body, flags=re.M)
+        if ends != 1 or re.search(r"^(?:import|export)\b", body, re.M):
+            raise ValueError(f"{name}.mjs: import nothing, and end with `export default {{ … }};` to be bundled.")
+        parts += ["(() => {", body, "})();"]
+    return "\n".join([*parts, host.strip(), "})();"])
+
+
+def used_scripts(scripts: list[tuple[str, str, str]], body: str) -> list[bool]:
+    """Which scripts, given as ``(filename, type, text)``, a page with this body keeps."""
+    live = "application/vnd.jupyter.widget-view+json" in body
+    keep, texts = [], set()
+    for filename, kind, text in scripts:
+        name = filename.split("?")[0].rsplit("/", 1)[-1]
+        is_ipywidgets = name in IPYWIDGETS or kind == "application/vnd.jupyter.widget-state+json"
+        # Jupyter Book 1.0.4 declares `const THEBE_JS_URL` twice, which is a syntax error.
+        again = "THEBE_JS_URL" in text and text in texts
+        texts.add(text)
+        keep.append(not ((name == SCRIPT and WIDGET not in body) or (is_ipywidgets and not live) or again))
+    return keep
+
+
+def prune_mathjax(folder: Path, kept: tuple[str, ...] = MATHJAX_KEPT) -> None:
+    """Delete what no page asks for: keep the named files and folders, and what they contain."""
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        name = file.relative_to(folder).as_posix()
+        if not any(name == keep or name.startswith(f"{keep}/") for keep in kept):
+            file.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def write_assets(app: Any) -> None:
+    """Put the bundle and the style sheets where Sphinx collects static files."""
+    if app.builder.format != "html":
+        return
+    folder = Path(app.doctreedir) / "page-assets"
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = {path.stem: path.read_text(encoding="utf-8") for path in STATIC.glob("*.mjs")}
+    script = bundle(modules, (STATIC / "mount.js").read_text(encoding="utf-8"))
+    (folder / SCRIPT).write_text(script, encoding="utf-8")
+    shutil.copyfile(STATIC / STYLE, folder / STYLE)
+    shutil.copyfile(BOOK / "_static" / EVERYWHERE, folder / EVERYWHERE)
+    app.config.html_static_path.append(str(folder))
+
+
+def choose(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Drop from a page the scripts and style sheets that it does not use."""
+    body = context.get("body") or ""
+    scripts = context["script_files"]
+    described = []
+    for script in scripts:
+        attributes = getattr(script, "attributes", {})
+        filename = str(getattr(script, "filename", script) or "")
+        described.append((filename, attributes.get("type", ""), attributes.get("body") or ""))
+    kept = used_scripts(described, body)
+    context["script_files"][:] = [script for script, keep in zip(scripts, kept, strict=True) if keep]
+    if WIDGET not in body:
+        context["css_files"][:] = [
+            css for css in context["css_files"] if Path(str(getattr(css, "filename", css))).name != STYLE
+        ]
+
+
+def finish(app: Any, exception: Exception | None) -> None:
+    """Prune the copy of MathJax, once sphinx_mathjax_offline has made it."""
+    folder = Path(app.outdir) / "_static" / "mathjax"
+    if exception is None and app.builder.format == "html" and folder.is_dir():
+        prune_mathjax(folder)
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.connect("builder-inited", write_assets)
+    app.add_js_file(SCRIPT, defer="defer")
+    app.add_css_file(STYLE)
+    app.add_css_file(EVERYWHERE)
+    app.connect("html-page-context", choose, priority=900)
+    app.connect("build-finished", finish, priority=900)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

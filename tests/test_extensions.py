@@ -1,0 +1,207 @@
+"""The book's Sphinx extensions: their pure parts."""
+
+from __future__ import annotations
+
+import doctest
+import re
+
+import docstrings
+import execution
+import page_assets
+import pytest
+import repository
+from conftest import ROOT
+
+from icl_lib.widgets.page import page_html
+
+
+@pytest.mark.parametrize("module", [docstrings, execution, page_assets, repository], ids=lambda module: module.__name__)
+def test_examples(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("remote", "page"),
+    [
+        ("https://github.com/owner/name", "https://github.com/owner/name"),
+        ("https://github.com/owner/name.git\n", "https://github.com/owner/name"),
+        ("https://github.com/owner/name/", "https://github.com/owner/name"),
+        ("http://example.org/owner/name.js.git", "https://example.org/owner/name.js"),
+        ("git@github.com:owner/name.git", "https://github.com/owner/name"),
+        ("example.org:owner/name", "https://example.org/owner/name"),
+        ("ssh://git@example.org:2222/owner/name.git", "https://example.org/owner/name"),
+        ("https://example.org:8443/owner/name", "https://example.org:8443/owner/name"),
+        ("https://gitlab.com/group/part/name.git", "https://gitlab.com/group/part/name"),
+        ("https://EXAMPLE.org/Owner/Name", "https://example.org/Owner/Name"),
+        ("https://user:p%40ss@example.org/owner/name", "https://example.org/owner/name"),
+        ("https://token@example.org/owner/name.git", "https://example.org/owner/name"),
+    ],
+)
+def test_addresses_of_hosts(remote, page):
+    assert repository.page_address(remote) == page
+
+
+@pytest.mark.parametrize(
+    "remote",
+    [
+        "",
+        "/srv/git/name.git",
+        "../name",
+        "./owner/name",
+        "name",
+        r"C:\work\owner\name",
+        "C:/work/owner/name",
+        "file:///srv/git/owner/name",
+        "git://example.org/owner/name",
+        "ftp://example.org/owner/name",
+        "javascript://example.org/owner/name",
+        "javascript:alert(1)",
+        "ext::sh -c whoami",
+        "https://localhost/owner/name",
+        "http://127.0.0.1:8080/owner/name",
+        "http://[::1]/owner/name",
+        "http://[::1/owner/name",
+        "https://example.org:port/owner/name",
+        "https://example.org/owner",
+        "https://example.org/",
+        "https://example.org/owner/../../name",
+        "https://example.org/owner/name?token=secret",
+        "https://example.org/owner/name#secret",
+        'https://example.org/owner/"><script>alert(1)</script>',
+        "https://example.org/owner/na me",
+        "https://exam ple.org/owner/name",
+        "https://example.org\\@evil.org/owner/name",
+        "git@example.org:/owner/name;rm",
+        "git@machine:owner/name",
+    ],
+)
+def test_addresses_that_no_reader_can_open(remote):
+    assert repository.page_address(remote) is None
+
+
+def test_no_buttons_without_an_address():
+    assert repository.theme_options(None) == {}
+
+
+def test_buttons_only_where_the_host_has_them():
+    github = repository.theme_options("https://github.com/owner/name", "main", "paper")
+    assert github["launch_buttons"] == {"binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"}
+    assert (github["use_repository_button"], github["use_issues_button"]) == (True, True)
+    assert (github["repository_branch"], github["path_to_docs"]) == ("main", "paper")
+    other = repository.theme_options("https://example.org/owner/name")
+    assert other["use_repository_button"]
+    assert not other["use_issues_button"]
+    assert "launch_buttons" not in other
+    assert "launch_buttons" not in repository.theme_options("https://gitlab.com/group/part/name")
+
+
+def test_git_answers_or_is_silent(tmp_path):
+    assert repository.git(tmp_path, "remote", "get-url", "origin") is None
+
+
+@pytest.fixture
+def library(tmp_path):
+    folder = tmp_path / "lib"
+    (folder / "part").mkdir(parents=True)
+    (folder / "a.py").write_text("x = 1")
+    (folder / "part" / "b.mjs").write_text("const y = 2;")
+    return folder
+
+
+def test_cache_key_follows_contents_names_and_versions(library):
+    key = execution.cache_key([library], ["torch==1"])
+    assert key == execution.cache_key([library], ["torch==1"])
+    keys = [key, execution.cache_key([library], ["torch==2"])]
+    (library / "a.py").write_text("x = 2")
+    keys.append(execution.cache_key([library], ["torch==1"]))
+    (library / "part" / "b.mjs").rename(library / "part" / "c.mjs")
+    keys.append(execution.cache_key([library], ["torch==1"]))
+    (library / "empty.py").write_text("")
+    keys.append(execution.cache_key([library], ["torch==1"]))
+    assert len(set(keys)) == len(keys)
+
+
+def test_cache_key_ignores_compiled_python_and_missing_folders(library, tmp_path):
+    key = execution.cache_key([library])
+    (library / "part" / "__pycache__").mkdir()
+    (library / "part" / "__pycache__" / "b.cpython-311.pyc").write_bytes(b"\0")
+    assert execution.cache_key([library, tmp_path / "missing"]) == key
+
+
+def test_installed_versions():
+    assert [line.split("==")[0] for line in execution.installed_versions("pytest>=8  # tests\nPlaywright\n-e .\n")] == [
+        "playwright",
+        "pytest",
+    ]
+
+
+def test_bundle_of_the_library():
+    static = ROOT / "icl_lib" / "static"
+    script = page_assets.bundle({path.stem: path.read_text() for path in static.glob("*.mjs")}, "")
+    assert not re.search(r"^\s*(import|export)\b", script, re.MULTILINE)
+    assert set(re.findall(r'modules\["(\w+)"\] =', script)) == {"explore", "playground"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "const render = 1;\n",
+        'import x from "x";\nexport default { render };\n',
+        "export default { render };\nconst more = 1;\n",
+        "export default { a };\nexport default { b };\n",
+        "const a = 1;\nexport { a };\nexport default { a };\n",
+    ],
+)
+def test_bundle_refuses_what_it_cannot_take(source):
+    with pytest.raises(ValueError, match=r"^odd\.mjs: .* end with"):
+        page_assets.bundle({"odd": source}, "")
+
+
+def test_scripts_that_a_page_keeps():
+    scripts = [
+        ("_static/widgets.js?v=1", "", ""),
+        ("https://a.example/require.min.js", "", ""),
+        ("https://b.example/dist/embed-amd.js", "", ""),
+        ("", "application/vnd.jupyter.widget-state+json", "{}"),
+        ("", "", 'const THEBE_JS_URL = "x"'),
+        ("", "", 'const THEBE_JS_URL = "x"'),
+        ("_static/doctools.js", "", ""),
+    ]
+    assert page_assets.used_scripts(scripts, "<p>") == [False, False, False, False, True, False, True]
+    ours = page_html("explore", {}, "")
+    assert page_assets.used_scripts(scripts, ours) == [True, False, False, False, True, False, True]
+    live = '<script type="application/vnd.jupyter.widget-view+json">'
+    assert page_assets.used_scripts(scripts, live) == [False, True, True, True, True, False, True]
+
+
+def test_prune_mathjax(tmp_path):
+    for name in ("tex-chtml.js", "tex-svg.js", "output/chtml/fonts/woff-v2/a.woff", "output/svg/fonts/tex.js"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    page_assets.prune_mathjax(tmp_path)
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["output/chtml/fonts/woff-v2/a.woff", "tex-chtml.js"]
+    assert not (tmp_path / "output" / "svg").exists()
+
+
+def test_mathematics_of_docstrings():
+    text = [
+        "The norm $\\|a_0\\|$, of cost \\$5 and ``$x$``.",
+        "",
+        "    $$x = 1,",
+        "      y = 2$$",
+        ">>> price = '$1 or $2'",
+    ]
+    assert docstrings.with_math(text) == [
+        "The norm :math:`\\|a_0\\|`, of cost \\$5 and ``$x$``.",
+        "",
+        "",
+        "    .. math::",
+        "",
+        "       x = 1,",
+        "       y = 2",
+        "",
+        ">>> price = '$1 or $2'",
+    ]
