@@ -1,0 +1,46 @@
+# make book and make test do all the set-up themselves; see make help.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Threads that wait in a busy loop make small models ten times slower where something else runs beside them.
+export OMP_WAIT_POLICY := passive
+
+BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
+
+.DEFAULT_GOAL := help
+.PHONY: help book test lint format picture clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+book: $(INSTALLED) ## execute every chapter and build the website
+	$(BUILD)
+	@echo "The book is built. Open: file://$(CURDIR)/_build/html/index.html"
+
+test: book lint ## build the book, then run all tests, those in a real browser included
+	$(BIN)/python tests/chromium.py
+	$(BIN)/pytest
+
+lint: $(INSTALLED) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## put the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+picture: $(INSTALLED) ## draw the README's picture anew
+	$(BIN)/python -c "from icl_lib.figures import *; rank_one_picture(**PLANE_EXAMPLE).save('book/_static/rank-one.svg')"
+
+clean: ## remove the built book, keep the environment
+	rm -rf _build
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; name one with: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@

@@ -1,0 +1,118 @@
+"""The widgets in a real JupyterLab, with a kernel: a chapter as a reader who launches it would use it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import visiting
+from conftest import ROOT
+from playwright.sync_api import Browser, expect
+
+TOKEN = "only-on-loopback"
+START = 60  # seconds that a server, and then a kernel, may take on a busy machine
+CELLS = [
+    "import ipywidgets\nfrom icl_lib.widgets import Playground, explore\nfrom icl_lib.figures import Figure, figure",
+    "playground = Playground()\nplayground",
+    """\
+seen = ipywidgets.Label("nothing yet").add_class("python-sees")
+def tell(_):
+    seen.value = f"python has a={playground.a} applied={playground.applied}"
+playground.observe(tell, ["a", "applied"])
+seen""",
+    """\
+def draw(power, dashed):
+    with figure(height=2) as (fig, ax):
+        ax.plot([x**power for x in range(9)], linestyle="--" if dashed else "-")
+    return Figure(fig, f"x to the power of {power}, dashed: {dashed}")
+explore(draw, power=range(1, 6), dashed=[False, True])""",
+]
+
+
+def chapter() -> str:
+    """A small chapter in the book's format, MyST markdown."""
+    head = (ROOT / "book" / "index.md").read_text(encoding="utf-8").split("---\n")[1]
+    cells = "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in CELLS)
+    return f"---\n{head}---\n\n# A chapter\n{cells}"
+
+
+@contextlib.contextmanager
+def jupyterlab(folder: Path) -> Iterator[str]:
+    """A JupyterLab on loopback that knows nothing of the user's settings; gives its address."""
+    home = folder / "jupyter"
+    places = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **places, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"}
+    environment.pop("ICL_LIB_BOOK_BUILD", None)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--IdentityProvider.token={TOKEN}"]
+    command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder / 'work'}"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
+    as_notebooks = [Path(sys.executable).with_name("jupytext-config"), "set-default-viewer", "markdown"]  # as on Binder
+    subprocess.run(as_notebooks, env=environment, check=True)
+    log = folder / "jupyter.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=folder)
+        try:
+            until = time.monotonic() + START
+            while not (started := list((home / "runtime").glob("jpserver-*.json"))):
+                if server.poll() is not None or time.monotonic() > until:
+                    pytest.fail(f"JupyterLab does not start:\n{log.read_text()[-3000:]}")
+                time.sleep(0.2)
+            yield json.loads(started[0].read_text())["url"].rstrip("/")
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+
+
+def test_a_chapter_in_jupyterlab(browser: Browser, tmp_path: Path):
+    """The chapter opens as a notebook; what the reader moves, Python sees, and what Python draws, the reader."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "chapter.md").write_text(chapter(), encoding="utf-8")
+    with jupyterlab(tmp_path) as address, visiting(browser, address) as visit:
+        page = visit.page
+        page.set_default_timeout(START * 1000)
+        page.goto(f"{address}/lab/tree/chapter.md?token={TOKEN}")
+        page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        page.get_by_text("| Idle").wait_for()  # otherwise running the cells would ask which kernel to use
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        expect(page.locator(".jp-OutputArea-output svg[role=img]")).to_be_visible(timeout=START * 1000)
+
+        playground = page.locator(".icl-playground")
+        printed = playground.locator(".icl-residual output")
+        python = page.locator(".python-sees")
+        expect(python).to_have_text("nothing yet")
+        handle = playground.locator(".icl-handle").first
+        handle.scroll_into_view_if_needed()
+        handle.focus()
+        page.keyboard.press("ArrowUp")
+        expect(python).to_have_text("python has a=[1.5, 0.5] applied=True")
+        assert float(printed.get_attribute("data-residual")) < 1e-12
+        box = handle.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] / 2 - 40, box["y"] + box["height"] / 2 - 30, steps=4)
+        page.mouse.up()
+        expect(python).not_to_have_text("python has a=[1.5, 0.5] applied=True")
+        assert float(printed.get_attribute("data-residual")) < 1e-12
+        playground.get_by_role("switch").uncheck()
+        expect(python).to_contain_text("applied=False")
+        assert float(printed.get_attribute("data-residual")) > 0.1
+
+        picture = page.locator(".jp-OutputArea-output svg[role=img]")
+        expect(picture).to_have_attribute("aria-label", "x to the power of 1, dashed: False")
+        page.locator(".widget-slider [role=slider], .widget-slider .noUi-handle").first.focus()
+        page.keyboard.press("ArrowRight")
+        expect(picture).to_have_attribute("aria-label", "x to the power of 2, dashed: False")
+        page.locator(".widget-checkbox input").check()
+        expect(picture).to_have_attribute("aria-label", "x to the power of 2, dashed: True")
+        if shots := os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=f"{shots}/jupyterlab.png")
+        assert visit.outside == []

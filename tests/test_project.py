@@ -1,0 +1,72 @@
+"""What the project says of itself: the README, the pins, the direction of imports."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from icl_lib.figures import PLANE_EXAMPLE, rank_one_picture
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+# Data flows down this list: a module imports only what stands above it.
+LAYERS = [
+    "validation environment low_rank theorem contextual block transformer regression experiments figures plots "
+    "widgets.page widgets.playground widgets.explorer",
+    "symbolic.notation symbolic.derivation symbolic.least_norm symbolic.any_size symbolic.solutions "
+    "symbolic.skip_connection symbolic.attention",
+]
+
+
+def pins(file):
+    return dict(re.findall(r"^([\w.-]+)==([\w.]+?)(?:\+cpu)?(?:;.*)?$", (ROOT / file).read_text(), re.MULTILINE))
+
+
+def test_the_readme_example_runs():
+    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_paths_and_commands_named_exist(page):
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"(?<=\]\()(?!https?:)[^)]+", text) + re.findall(
+        r"`((?:book|icl_lib|tests|\.binder)/[^`]*)`", text
+    ):
+        assert (ROOT / path).exists(), path
+    targets = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in re.findall(r"\bmake ([a-z]+)\b", text):
+        assert target in targets, target
+
+
+def test_the_readme_picture_is_what_the_library_draws(tmp_path):
+    rank_one_picture(**PLANE_EXAMPLE).save(tmp_path / "drawn.svg")
+    assert (tmp_path / "drawn.svg").read_text() == (ROOT / "book/_static/rank-one.svg").read_text(), (
+        "run `make picture`"
+    )
+
+
+def test_binder_installs_what_the_book_was_built_with():
+    book, binder = pins("requirements.txt"), pins(".binder/requirements.txt")
+    shared = book.keys() & binder.keys()
+    assert {"torch", "sympy", "ipywidgets", "matplotlib"} <= shared
+    assert {name: binder[name] for name in shared} == {name: book[name] for name in shared}
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=["library", "symbolic"])
+def test_imports_go_one_way(layers):
+    order = layers.split()
+    for at, name in enumerate(order):
+        tree = ast.parse((ROOT / "icl_lib" / f"{name.replace('.', '/')}.py").read_text())
+        imports = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        used = {module.removeprefix("icl_lib.") for module in imports if module.startswith("icl_lib.")}
+        assert used <= set(order[:at]), f"{name} imports {used - set(order[:at])}"
+
+
+def test_every_module_has_its_place():
+    found = {
+        path.relative_to(ROOT / "icl_lib").with_suffix("").as_posix().replace("/", ".")
+        for path in (ROOT / "icl_lib").rglob("*.py")
+    }
+    assert {name for name in found if not name.endswith("__init__")} == set(" ".join(LAYERS).split())
