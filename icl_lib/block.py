@@ -31,7 +31,8 @@ class ContextualBlock(nn.Module):
         skip: add the residual connections, $T(C, x) = x + A(C, x) + \mathrm{mlp}(A(C, x))$. The MLP must then end in a
             `torch.nn.Linear`, whose bias is the $b'$ of the theorem.
 
-    Raises `ValueError` for an MLP that is not of this form: a weight edit alone could not be exact there.
+    Raises `ValueError` for an MLP that is not of this form: the theorem's edit would not be exact there. What is random
+    (dropout in training mode) gives something else each time it runs, so call ``block.eval()`` first.
 
     >>> from icl_lib import SoftmaxAttention
     >>> mlp = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
@@ -274,7 +275,8 @@ def _require_first_linear_is_the_only_way_in(mlp: nn.Module, name: str) -> None:
     if not torch.equal(*outputs):
         raise ValueError(
             f"mlp's output depends on its input by another way than its first linear map ({name}): a gate or a skip "
-            "connection inside. Editing that map alone cannot be exact; use skip=True for a skip around the block."
+            "connection inside. The theorem's edit of that map alone is not exact there; use skip=True for a skip around "
+            "the block."
         )
 
 

@@ -37,7 +37,7 @@ def run_edited(
 
 @dataclass(frozen=True)
 class TrainingCurves:
-    """Losses over training; every list has one entry for each entry of ``step``.
+    """Losses over training; a list has one entry for each entry of ``step``.
 
     Attributes:
         settings: what was run.
@@ -49,6 +49,7 @@ class TrainingCurves:
         swapped: validation loss of the bare query with the next prompt's edit. Control.
         difference: largest relative difference of ``prompted`` and ``edited`` outputs over the validation prompts,
             $\\max_k \\lVert T_{W+ΔW}(x_k) - T_W(C_k, x_k)\\rVert / \\lVert T_W(C_k, x_k)\\rVert$.
+        zero: validation loss of answering zero every time, one number. Control.
     """
 
     settings: TrainingSettings
@@ -59,6 +60,7 @@ class TrainingCurves:
     unedited: list[float] = field(default_factory=list)
     swapped: list[float] = field(default_factory=list)
     difference: list[float] = field(default_factory=list)
+    zero: float = float("nan")
 
 
 def training_curves(
@@ -82,7 +84,7 @@ def training_curves(
     validation = sample_prompts(
         validation_prompts, settings.examples, settings.features, seed=settings.seed + 2, dtype=dtype, device=device
     )
-    curves = TrainingCurves(settings)
+    curves = TrainingCurves(settings, zero=validation.target.square().mean().item())
 
     def measure(step: int, loss: float, model: Transformer) -> None:
         curves.step.append(step)

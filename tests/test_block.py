@@ -59,7 +59,7 @@ cases = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(cases)
 def test_theorem(case):
     block = build(case["layer"], case["dim"], case["heads"], case["skip"], seed=case["seed"])

@@ -1,15 +1,11 @@
 """The build: it fails when a cell raises, when one warns, and when a formula of the library is wrong."""
 
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import BUILD, ROOT, build_book
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ["build", ".", "-W", "-n", "--keep-going"]
 PAGE = """---
 jupytext:
   text_representation:
@@ -32,12 +28,6 @@ def copy_of_the_project(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, folder / "project", ignore=ignored))
 
 
-def build(folder: Path) -> tuple[int, str]:
-    command = [Path(sys.executable).with_name("jupyter-book"), *BUILD]
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return run.returncode, re.sub(r"\x1b\[[0-9;]*m", "", run.stdout + run.stderr)
-
-
 def test_this_is_how_make_builds():
     assert " ".join(["jupyter-book", *BUILD]) in (ROOT / "Makefile").read_text()
 
@@ -55,7 +45,7 @@ def test_a_cell_that_fails_fails_the_build(tmp_path, cell, complaint):
     folder = copy_of_the_project(tmp_path)
     (folder / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
     (folder / "book" / "page.md").write_text(PAGE % cell)
-    status, output = build(folder)
+    status, output = build_book(folder)
     assert (status == 0) == (complaint is None), output[-3000:]
     if complaint is not None:
         assert complaint in output
@@ -70,6 +60,6 @@ def test_a_broken_formula_fails_the_build(tmp_path, site):
     source = theorem.read_text()
     assert formula in source
     theorem.write_text(source.replace(formula, f"{formula} * 2"))
-    status, output = build(folder)
+    status, output = build_book(folder)
     assert status != 0
     assert "AssertionError" in output
