@@ -8,7 +8,7 @@ is a contextual layer $A$ followed by an MLP whose first linear map is $W$ (Dher
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,26 @@ from torch import Tensor, nn
 
 from icl_lib.contextual import check_prompt
 from icl_lib.low_rank import LowRank
+from icl_lib.structure import first_and_last_linear, replaced, require_deterministic
 from icl_lib.theorem import bias_update, weight_update
-from icl_lib.validation import require_same_kind, validated_by
+from icl_lib.validation import (
+    require_broadcastable,
+    require_finite,
+    require_float,
+    require_same_kind,
+    validated_by,
+)
+
+
+def _check_block(_: Any, contextual: Any, mlp: Any, skip: Any) -> None:
+    if not callable(contextual):
+        raise ValueError(
+            f"contextual is a {type(contextual).__name__}: give a function (context, query) -> [*batch, in]."
+        )
+    if not isinstance(mlp, nn.Module):
+        raise ValueError(f"mlp is a {type(mlp).__name__}: give a torch.nn.Module.")
+    if not isinstance(skip, bool):
+        raise ValueError(f"skip is {skip!r}: give True or False.")
 
 
 class ContextualBlock(nn.Module):
@@ -31,8 +49,9 @@ class ContextualBlock(nn.Module):
         skip: add the residual connections, $T(C, x) = x + A(C, x) + \mathrm{mlp}(A(C, x))$. The MLP must then end in a
             `torch.nn.Linear`, whose bias is the $b'$ of the theorem.
 
-    Raises `ValueError` for an MLP that is not of this form: the theorem's edit would not be exact there. What is random
-    (dropout in training mode) gives something else each time it runs, so call ``block.eval()`` first.
+    Raises `ValueError` for an MLP that is not of this form: the theorem's edit would not be exact there. The form is
+    tested when the block is made (:mod:`icl_lib.structure`); do not change ``mlp`` or ``skip`` afterwards. What is
+    random (dropout in training mode) gives something else each time it runs, so call ``block.eval()`` first.
 
     >>> from icl_lib import SoftmaxAttention
     >>> mlp = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
@@ -41,16 +60,11 @@ class ContextualBlock(nn.Module):
     torch.Size([4])
     """
 
+    @validated_by(_check_block)
     def __init__(self, contextual: Callable[..., Any], mlp: nn.Module, skip: bool = False) -> None:
         super().__init__()
+        self._first, self._last = first_and_last_linear(mlp, output_bias=skip)
         self.contextual, self.mlp, self.skip = contextual, mlp, skip
-        linears = [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear)]
-        if not linears:
-            raise ValueError("mlp has no torch.nn.Linear: the theorem edits the first linear map after the context.")
-        self._first, self._last = linears[0], linears[-1]
-        _require_first_linear_is_the_only_way_in(mlp, self._first)
-        if skip:
-            _require_last_linear_is_the_output(mlp, self._last)
 
     @property
     def first_linear(self) -> nn.Module:
@@ -71,9 +85,11 @@ class ContextualBlock(nn.Module):
         return query + activation + output if self.skip else output
 
 
-def _check_implicit_update(block: ContextualBlock, context: Any, query: Any, keep: Any) -> None:
+def _check_implicit_update(block: Any, context: Any, query: Any, keep: Any) -> None:
+    _require_block(block)
     check_prompt(context, query)
     require_same_kind("block's weight", block.first_linear.weight, context=context)
+    require_deterministic(block)
     if context.shape[-2] == 0:
         raise ValueError("context is empty: there is nothing to turn into weights. Give it at least one token.")
     _kept_indices(keep, context.shape[-2])
@@ -93,7 +109,8 @@ class ImplicitUpdate:
 
     def __getitem__(self, index: Any) -> ImplicitUpdate:
         """The update of one batch entry, or of several."""
-        return ImplicitUpdate(self.weight[index], None if self.bias is None else self.bias[index])
+        within = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
+        return ImplicitUpdate(self.weight[index], None if self.bias is None else self.bias[within])
 
     def apply(self, block: ContextualBlock) -> ContextualBlock:
         """A copy of ``block`` with edited weights; ``block`` is left as it was.
@@ -102,14 +119,16 @@ class ImplicitUpdate:
         batched update gives a block that holds one weight matrix for each batch entry, so it takes prompts of that
         batch shape.
 
-        Raises `ValueError` where the update does not fit the block in shape, dtype, device or skip connection.
+        Raises `ValueError` where the update does not fit the block in shape, dtype, device or skip connection, and
+        where the edited weights overflow.
         """
         _require_fit(self, block)
         edited = copy.deepcopy(block)
         with torch.no_grad():
-            _set_linear(edited.mlp, edited, block._first, weight=self.weight)
+            # The linear map is replaced, not changed: a layer that shares it with the MLP keeps the old one.
+            edited.mlp = replaced(edited.mlp, block._first, _edited_linear(edited.first_linear, weight=self.weight))
             if self.bias is not None:
-                _set_linear(edited.mlp, edited, block._last, bias=self.bias)
+                edited.mlp = replaced(edited.mlp, block._last, _edited_linear(edited.last_linear, bias=self.bias))
         return edited
 
 
@@ -118,7 +137,7 @@ def implicit_update(
     block: ContextualBlock,
     context: Float[Tensor, "*batch n dim"],
     query: Float[Tensor, "*batch dim"],
-    keep: Sequence[int] | Tensor | None = None,
+    keep: Iterable | None = None,
 ) -> ImplicitUpdate:
     r"""The edit of a block's weights that does what a part of its context did.
 
@@ -141,22 +160,40 @@ def implicit_update(
     >>> block = ContextualBlock(SoftmaxAttention(dim=4, heads=2), mlp).double()
     >>> context, query = torch.randn(7, 4).double(), torch.randn(4).double()
     >>> edited = implicit_update(block, context, query).apply(block)
-    >>> torch.allclose(edited(context[:0], query), block(context, query), rtol=1e-12)
+    >>> wanted = block(context, query)
+    >>> bool((edited(context[:0], query) - wanted).norm() < 1e-12 * wanted.norm())
     True
-    >>> torch.allclose(block(context[:0], query), block(context, query), rtol=1e-2)  # the same without the edit
+    >>> bool((block(context[:0], query) - wanted).norm() < 1e-2 * wanted.norm())  # the same without the edit
     False
     """
     with torch.no_grad():
-        a_with = block.contextual(context, query)
-        a_without = block.contextual(kept_context(context, keep), query)
+        a_with = _read(block, context, query)
+        a_without = _read(block, kept_context(context, keep), query)
         return ImplicitUpdate(
             weight=weight_update(block.first_linear.weight, a_without, a_with),
             bias=bias_update(a_without, a_with) if block.skip else None,
         )
 
 
+def _read(block: ContextualBlock, context: Tensor, query: Tensor) -> Tensor:
+    """What the MLP reads, checked: the contextual layer may be anybody's."""
+    read = block.contextual(context, query)
+    wanted = (*query.shape[:-1], block.first_linear.weight.shape[-1])
+    if not isinstance(read, Tensor) or read.shape != wanted:
+        got = tuple(read.shape) if isinstance(read, Tensor) else type(read).__name__
+        raise ValueError(f"the contextual layer returned {got} for a query {tuple(query.shape)}: it must be {wanted}.")
+    require_same_kind("block's weight", block.first_linear.weight, **{"the contextual layer's output": read})
+    return read
+
+
+def _check_kept_context(context: Any, keep: Any) -> None:
+    require_float("context", context, 2, "[*batch, n, dim]")
+    _kept_indices(keep, context.shape[-2])
+
+
+@validated_by(_check_kept_context)
 def kept_context(
-    context: Float[Tensor, "*batch n dim"], keep: Sequence[int] | Tensor | None = None
+    context: Float[Tensor, "*batch n dim"], keep: Iterable | None = None
 ) -> Float[Tensor, "*batch kept dim"]:
     """The context that remains, $C ∖ Y$: the tokens at the indices ``keep``, in the order of the context.
 
@@ -175,19 +212,21 @@ def kept_context(
 def _kept_indices(keep: Any, length: int) -> list[int]:
     if keep is None:
         return []
-    listed = keep.tolist() if isinstance(keep, Tensor) else keep
-    if not isinstance(listed, Sequence) or isinstance(listed, str):
+    listed = keep.tolist() if hasattr(keep, "tolist") else keep
+    if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes)):
         raise ValueError(f"keep is a {type(keep).__name__}: give a sequence of indices, or None to keep no token.")
-    for place, index in enumerate(listed):
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
+    indices = [index.item() if hasattr(index, "item") else index for index in listed]
+    for place, index in enumerate(indices):
+        if isinstance(index, bool) or not isinstance(index, int):
             raise ValueError(
                 f"keep[{place}] is {index!r}: give indices as whole numbers (mask.nonzero().flatten() of a mask)."
             )
         if not 0 <= index < length:
-            raise ValueError(f"keep[{place}] is {index}: the context has tokens 0 … {length - 1}.")
-    if len(set(listed)) < len(listed):
-        raise ValueError(f"keep names a token twice: {list(listed)}. Name each token that stays once.")
-    return sorted(int(index) for index in listed)
+            tokens = f"the context has tokens 0 … {length - 1}" if length else "the context is empty"
+            raise ValueError(f"keep[{place}] is {index}: {tokens}.")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"keep names a token twice: {indices}. Name each token that stays once.")
+    return sorted(indices)
 
 
 class _BatchedLinear(nn.Module):
@@ -203,32 +242,27 @@ class _BatchedLinear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
 
-def _set_linear(
-    mlp: nn.Module,
-    block: ContextualBlock,
-    name: str,
-    weight: LowRank | None = None,
-    bias: Tensor | None = None,
-) -> None:
-    """Add an update to the linear map ``name`` of ``block.mlp``; where it is batched, one map a batch entry."""
-    old = mlp.get_submodule(name)
-    new_weight = old.weight.detach() if weight is None else old.weight.detach() + weight.dense()
-    new_bias = None if old.bias is None else old.bias.detach()
+def _edited_linear(old: nn.Module, weight: LowRank | None = None, bias: Tensor | None = None) -> nn.Module:
+    """A linear map with an update added to its weights; where the update is batched, one map a batch entry."""
+    new_weight = old.weight.detach().clone() if weight is None else old.weight.detach() + weight.dense()
+    new_bias = None if old.bias is None else old.bias.detach().clone()
     if bias is not None:
-        new_bias = bias if new_bias is None else new_bias + bias
-    if isinstance(old, nn.Linear) and new_weight.ndim == 2 and (new_bias is None or new_bias.ndim == 1):
-        old.weight = nn.Parameter(new_weight)
-        old.bias = None if new_bias is None else nn.Parameter(new_bias)
-        return
-    batched = _BatchedLinear(new_weight, new_bias)
-    if name:
-        parent, _, child = name.rpartition(".")
-        setattr(mlp.get_submodule(parent), child, batched)
+        new_bias = bias.clone() if new_bias is None else new_bias + bias
+    for name, values in (("weight", new_weight), ("bias", new_bias)):
+        if values is not None:
+            require_finite(f"edited {name}", values, f"the edit is too large for {values.dtype}; use a wider dtype.")
+    if new_weight.ndim == 2 and (new_bias is None or new_bias.ndim == 1):
+        out_features, in_features = new_weight.shape
+        new = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=new_bias is not None)
+        new.weight = nn.Parameter(new_weight)
+        new.bias = None if new_bias is None else nn.Parameter(new_bias)
     else:
-        block.mlp = batched
+        new = _BatchedLinear(new_weight, new_bias)
+    return new.requires_grad_(old.weight.requires_grad).train(old.training)
 
 
-def _require_fit(update: ImplicitUpdate, block: ContextualBlock) -> None:
+def _require_fit(update: ImplicitUpdate, block: Any) -> None:
+    _require_block(block)
     weight = block.first_linear.weight
     require_same_kind("block's weight", weight, update=update.weight)
     if update.weight.shape[-2:] != weight.shape[-2:]:
@@ -236,54 +270,25 @@ def _require_fit(update: ImplicitUpdate, block: ContextualBlock) -> None:
             f"the update is {tuple(update.weight.shape)} and the block's weight {tuple(weight.shape)}: "
             "apply it to the block (or a copy of the block) that it was computed from."
         )
+    require_broadcastable(update=update.weight.batch_shape, block=weight.shape[:-2])
     if (update.bias is not None) != block.skip:
         raise ValueError(
             f"the update {'has' if update.bias is not None else 'lacks'} a bias part and the block has "
             f"skip={block.skip}: compute the update from a block with the same skip."
         )
+    if update.bias is not None:
+        require_same_kind("block's weight", weight, bias=update.bias)
+        wanted = (*update.weight.batch_shape, weight.shape[-1])
+        if update.bias.shape != wanted:
+            raise ValueError(
+                f"the update's bias has shape {tuple(update.bias.shape)} beside a weight update "
+                f"{tuple(update.weight.shape)}: it must be {wanted}."
+            )
 
 
-def _probe(mlp: nn.Module, name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Run a copy of the MLP on two inputs with its linear map ``name`` answering the same both times.
-
-    Returns the inputs, what that map read, and the outputs.
-    """
-    mlp = copy.deepcopy(mlp).eval()
-    linear = mlp.get_submodule(name)
-    first = next(module for module in mlp.modules() if isinstance(module, nn.Linear))
-    read: list[Tensor] = []
-
-    def answer(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        read.append(args[0])
-        return torch.ones_like(output)
-
-    linear.register_forward_hook(answer)
-    ramp = torch.linspace(-1, 1, first.in_features).to(first.weight)
-    inputs = [ramp.unsqueeze(0), ramp.square().unsqueeze(0) + 1]
-    with torch.no_grad():
-        outputs = [mlp(x) for x in inputs]
-    return inputs, read, outputs
-
-
-def _require_first_linear_is_the_only_way_in(mlp: nn.Module, name: str) -> None:
-    inputs, read, outputs = _probe(mlp, name)
-    if len(read) != 2 or not all(map(torch.equal, inputs, read)):
+def _require_block(block: Any) -> None:
+    if not isinstance(block, ContextualBlock):
         raise ValueError(
-            f"mlp's first linear map ({name or 'the module itself'}) does not read mlp's input as it is: "
-            "move what stands before it into the contextual layer."
-        )
-    if not torch.equal(*outputs):
-        raise ValueError(
-            f"mlp's output depends on its input by another way than its first linear map ({name}): a gate or a skip "
-            "connection inside. The theorem's edit of that map alone is not exact there; use skip=True for a skip around "
-            "the block."
-        )
-
-
-def _require_last_linear_is_the_output(mlp: nn.Module, name: str) -> None:
-    _, _, outputs = _probe(mlp, name)
-    if not all(torch.equal(output, torch.ones_like(output)) for output in outputs):
-        raise ValueError(
-            f"with skip=True mlp must end in a torch.nn.Linear, whose bias takes the residual; after its last one "
-            f"({name}) mlp still changes the output."
+            f"block is a {type(block).__name__}: give a ContextualBlock. A Transformer of one block has "
+            ".contextual_block()."
         )

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icl_lib.validation import require_float, require_same_kind, validated_by
+from icl_lib.validation import require_float, require_same_kind, require_size, validated_by
 
 
 def check_prompt(context: Any, query: Any) -> None:
@@ -32,10 +32,14 @@ def check_prompt(context: Any, query: Any) -> None:
         )
 
 
-def _check_layer_prompt(layer: nn.Module, context: Any, query: Any) -> None:
+def check_layer_prompt(layer: nn.Module, context: Any, query: Any) -> None:
+    """Require a prompt that fits the layer: its width ``layer.dim``, and the dtype and device of its parameters."""
     check_prompt(context, query)
     if layer.dim is not None and query.shape[-1] != layer.dim:
         raise ValueError(f"query has {query.shape[-1]} features and this layer reads {layer.dim}.")
+    for parameter in layer.parameters():
+        require_same_kind("the layer", parameter, query=query)
+        break
 
 
 def tokens(
@@ -50,9 +54,13 @@ class _MultiHead(nn.Module):
 
     def __init__(self, dim: int, heads: int = 1, head_dim: int | None = None) -> None:
         super().__init__()
+        require_size("dim", dim)
+        require_size("heads", heads)
         if head_dim is None and dim % heads:
             raise ValueError(f"dim={dim} is not a multiple of heads={heads}: give head_dim.")
-        self.dim, self.heads, self.head_dim = dim, heads, head_dim or dim // heads
+        head_dim = dim // heads if head_dim is None else head_dim
+        require_size("head_dim", head_dim)
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim
         width = heads * self.head_dim
         self.query = nn.Linear(dim, width, bias=False)
         self.key = nn.Linear(dim, width, bias=False)
@@ -72,15 +80,15 @@ class SoftmaxAttention(_MultiHead):
     over the tokens $t = (c_1 \dots c_n, x)$. With no context the softmax has one score, so $A(x) = W_O W_V x$
     (:func:`icl_lib.symbolic.single_token_attention` derives it).
 
-    >>> layer = SoftmaxAttention(dim=4, heads=2)
-    >>> context, query = torch.randn(3, 7, 4), torch.randn(3, 4)
+    >>> layer = SoftmaxAttention(dim=4, heads=2).double()
+    >>> context, query = torch.randn(3, 7, 4).double(), torch.randn(3, 4).double()
     >>> layer(context, query).shape
     torch.Size([3, 4])
     >>> torch.allclose(layer(context[:, :0], query), layer.output(layer.value(query)))
     True
     """
 
-    @validated_by(_check_layer_prompt)
+    @validated_by(check_layer_prompt)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch dim"]:
@@ -92,8 +100,8 @@ class SoftmaxAttention(_MultiHead):
     ) -> Float[Tensor, "*batch n dim"]:
         """Self-attention: every token is the query once; if ``causal``, with the tokens before it as its context.
 
-        >>> layer, sequence = SoftmaxAttention(dim=4, heads=2), torch.randn(5, 4)
-        >>> torch.allclose(layer.at_every_position(sequence)[2], layer(sequence[:2], sequence[2]), atol=1e-6)
+        >>> layer, sequence = SoftmaxAttention(dim=4, heads=2).double(), torch.randn(5, 4).double()
+        >>> torch.allclose(layer.at_every_position(sequence)[2], layer(sequence[:2], sequence[2]))
         True
         """
         return self._attend(sequence, sequence, causal)
@@ -116,7 +124,7 @@ class LinearAttention(_MultiHead):
     torch.Size([4])
     """
 
-    @validated_by(_check_layer_prompt)
+    @validated_by(check_layer_prompt)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch dim"]:
@@ -140,10 +148,12 @@ class GRU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
+        require_size("dim", dim)
+        require_size("hidden", hidden)
         self.dim = dim
         self.cell = nn.GRU(dim, hidden, batch_first=True)
 
-    @validated_by(_check_layer_prompt)
+    @validated_by(check_layer_prompt)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch hidden"]:
@@ -163,7 +173,7 @@ class MeanPooling(nn.Module):
 
     dim = None  # reads any width
 
-    @validated_by(_check_layer_prompt)
+    @validated_by(check_layer_prompt)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch dim"]:

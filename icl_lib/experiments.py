@@ -12,6 +12,7 @@ from icl_lib.block import implicit_update
 from icl_lib.low_rank import LowRank
 from icl_lib.regression import Prompts, TrainingSettings, mean_squared_error, sample_prompts, train
 from icl_lib.transformer import Transformer, TransformerConfig
+from icl_lib.validation import require_size
 
 ONE_BLOCK = TransformerConfig(dim=3, width=32, heads=8, head_dim=4, hidden=128, skip=False)
 """The transformer of Figure 2 in Dherin et al. is one causal block of width 32, no skips, norms or positions."""
@@ -26,6 +27,7 @@ def run_edited(
     the attention included, runs as in the unedited model. Give sequences of the bare query, ``n = 1``, and the context
     cannot enter but through the weights.
     """
+    model.require_contextual_block()
     name = "blocks.0.mlp.0.weight"
     weights = model.get_parameter(name) + update
 
@@ -80,6 +82,7 @@ def training_curves(
     >>> curves.step, max(curves.difference) < 1e-12
     ([0, 1, 2], True)
     """
+    require_size("validation_prompts", validation_prompts, least=2)  # one has no other to be swapped with
     settings = settings or TrainingSettings()
     validation = sample_prompts(
         validation_prompts, settings.examples, settings.features, seed=settings.seed + 2, dtype=dtype, device=device

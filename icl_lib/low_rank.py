@@ -45,6 +45,8 @@ class LowRank:
     tensor([ 7., 14.])
     """
 
+    __array_ufunc__ = None  # so that NumPy leaves `array @ low_rank` to this class, which refuses it
+
     @validated_by(_check_factors)
     def __init__(self, left: Float[Tensor, "*#batch out rank"], right: Float[Tensor, "*#batch in_ rank"]) -> None:
         self.left, self.right = left, right
@@ -101,6 +103,8 @@ class LowRank:
         >>> float(a.inner(a))
         3.0
         """
+        if self.shape[-2:] != other.shape[-2:]:
+            raise ValueError(f"other is {tuple(other.shape)} and this matrix {tuple(self.shape)}: sizes must agree.")
         return ((self.left.mT @ other.left) * (self.right.mT @ other.right)).sum(dim=(-2, -1))
 
     def singular_values(self) -> Float[Tensor, "*batch values"]:
@@ -109,27 +113,36 @@ class LowRank:
 
     def rank(self) -> Int[Tensor, "*batch"]:
         """The numerical rank: singular values above ``max(out, in) · machine epsilon · largest``."""
-        values = torch.linalg.svdvals(self._core())
-        tolerance = max(self.shape[-2:]) * torch.finfo(self.dtype).eps * values.amax(-1, keepdim=True)
+        values = torch.linalg.svdvals(self._core(scaled=True))
+        tolerance = max(self.shape[-2:]) * torch.finfo(self.dtype).eps * values[..., :1]
         return (values > tolerance).sum(-1)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRank:
         """Both factors on another device or in another dtype; the arguments are those of `torch.Tensor.to`."""
         return LowRank(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs))
 
-    def __matmul__(self, other: Tensor | LowRank) -> Any:
+    def __matmul__(self, other: Any) -> Any:
         if isinstance(other, LowRank):
             return LowRank(self.left @ (self.right.mT @ other.left), other.right)
+        if not isinstance(other, Tensor):
+            return NotImplemented
         if other.ndim == 1:
             return self.matvec(other)
         return self.left @ (self.right.mT @ other)
 
-    def __rmatmul__(self, other: Tensor) -> Any:
+    def __rmatmul__(self, other: Any) -> Any:
+        if not isinstance(other, Tensor):
+            return NotImplemented
         return self.mT.matvec(other) if other.ndim == 1 else (other @ self.left) @ self.right.mT
 
-    def __add__(self, other: Tensor | LowRank) -> Any:
-        if not isinstance(other, LowRank):
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, Tensor):
             return self.dense() + other
+        if isinstance(other, int) and other == 0:  # where sum() begins
+            return self
+        if not isinstance(other, LowRank):
+            return NotImplemented
+        require_same_kind("the first LowRank", self, other=other)
         if self.shape[-2:] != other.shape[-2:]:
             raise ValueError(f"cannot add {tuple(other.shape)} to {tuple(self.shape)}: out and in must agree.")
         return LowRank(_beside(self.left, other.left), _beside(self.right, other.right))
@@ -139,13 +152,13 @@ class LowRank:
     def __neg__(self) -> LowRank:
         return LowRank(-self.left, self.right)
 
-    def __sub__(self, other: Tensor | LowRank) -> Any:
+    def __sub__(self, other: Any) -> Any:
         return self + (-other)
 
-    def __rsub__(self, other: Tensor) -> Any:
+    def __rsub__(self, other: Any) -> Any:
         return -self + other
 
-    def __mul__(self, scale: float | Tensor) -> LowRank:
+    def __mul__(self, scale: float | int | Tensor) -> LowRank:
         """Scale by a number, or by one number for each batch entry, ``[*batch, 1, 1]`` as a dense tensor would be."""
         if isinstance(scale, Tensor) and scale.ndim and scale.shape[-2:] != (1, 1):
             raise ValueError(f"scale has shape {tuple(scale.shape)}: give a number, or a tensor [*batch, 1, 1].")
@@ -153,26 +166,31 @@ class LowRank:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, scale: float | int | Tensor) -> LowRank:
+        return self * (1 / scale)
+
     def __getitem__(self, index: Any) -> LowRank:
         """Index the leading dimensions only."""
-        if not self.batch_shape:
-            raise ValueError("this LowRank has no leading dimension to index: use .dense() to index its entries.")
-        # Indexing an empty tensor of the batch shape finds whether the index reaches into the matrix itself.
-        torch.empty(self.batch_shape, device="meta")[index]
-        factors = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
-        return LowRank(next(factors)[index], next(factors)[index])
+        # The two full slices hold the place of the matrix, so that neither an integer nor an ellipsis reaches into it.
+        within = (*index, slice(None), slice(None)) if isinstance(index, tuple) else (index, slice(None), slice(None))
+        left, right = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
+        return LowRank(left[within], right[within])
 
     def __repr__(self) -> str:
         columns = self.left.shape[-1]
         return f"LowRank(shape={tuple(self.shape)}, rank≤{columns}, dtype={self.dtype}, device={self.device})"
 
-    def _core(self) -> Tensor:
+    def _core(self, scaled: bool = False) -> Tensor:
         """The ``rank × rank`` matrix that has the singular values of the whole: the product of both QR's R factors.
 
-        Gram matrices would be cheaper and lose half of the digits where terms cancel.
+        Gram matrices would be cheaper and lose half of the digits where terms cancel. With ``scaled``, up to a positive
+        number, so that huge or tiny factors neither overflow nor vanish.
         """
         wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype  # LAPACK has no half precision
-        r_left, r_right = (torch.linalg.qr(factor.to(wide), mode="r").R for factor in (self.left, self.right))
+        r_left, r_right = (torch.linalg.qr(factor.to(wide)).R for factor in (self.left, self.right))
+        if scaled and r_left.numel() and r_right.numel():
+            sizes = (r.abs().amax((-2, -1), keepdim=True) for r in (r_left, r_right))
+            r_left, r_right = (r / size.where(size > 0, 1) for r, size in zip((r_left, r_right), sizes, strict=True))
         return r_left @ r_right.mT
 
 

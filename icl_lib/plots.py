@@ -43,6 +43,7 @@ def removal(
     prompted: float,
     edited: Sequence[float],
     bare: Sequence[float],
+    right: float,
     at: int,
 ) -> Row:
     """Removing more or less of a context: size of the edit, and the outputs with and without it.
@@ -53,6 +54,7 @@ def removal(
         prompted: the output with the full context.
         edited: the edited model's output on what is left.
         bare: the unedited model's output on what is left. Control.
+        right: the right answer.
         at: the case to point out, an index into ``kept``.
     """
     here = f"With {kept[at]} of {kept[-1]} examples kept"
@@ -60,6 +62,7 @@ def removal(
         _walked(ax, kept, norms, at)
         ax.set(title="size of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, None))
     with figure(width=3.3, height=2.9) as (answers, ax):
+        ax.axhline(right, color=COLOURS["green"], linestyle=":", label="right answer")
         ax.axhline(prompted, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="full prompt")
         _walked(ax, kept, bare, at, color=COLOURS["grey"], linestyle="--", label="kept part, no edit")
         _walked(ax, kept, edited, at, label="kept part + edit")
@@ -70,7 +73,7 @@ def removal(
         Figure(
             answers,
             f"{here}: the full prompt's answer is {prompted:.3f}; the kept part with the edit gives {edited[at]:.3f}, "
-            f"without it {bare[at]:.3f}.",
+            f"without it {bare[at]:.3f}. The right answer is {right:.3f}.",
         ),
     )
 
@@ -92,8 +95,8 @@ def solution_family(steps: Sequence[float], norms: Sequence[float], matrix: np.n
         ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit)
         for (i, j), value in np.ndenumerate(matrix):
             colour = "#ffffff" if abs(value) > limit / 2 else "#111111"
-            ax.annotate(f"{value:.2f}", (j, i), ha="center", va="center", color=colour)
-        ax.set(title=f"the edit at t = {steps[at]:g}", xticks=[], yticks=[])
+            ax.annotate(_number(value, ".2f"), (j, i), ha="center", va="center", color=colour)
+        ax.set(title=f"the edit at t = {_number(steps[at])}", xticks=[], yticks=[])
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
     return Row(
@@ -104,6 +107,11 @@ def solution_family(steps: Sequence[float], norms: Sequence[float], matrix: np.n
         ),
         Figure(heat, f"The solution at t = {steps[at]:g} as a heat map."),
     )
+
+
+def _number(value: float, form: str = "g") -> str:
+    """With the sign that the axes use."""
+    return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
 
 
 def _walked(ax: Axes, x: Sequence[float], y: Sequence[float], at: int, **style: Any) -> None:

@@ -9,6 +9,7 @@ Source: Garg et al. 2022 (arXiv 2208.01066); the setting of Dherin et al. (arXiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from icl_lib.environment import building_book
 from icl_lib.transformer import Transformer
+from icl_lib.validation import require_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +64,10 @@ def sample_prompts(
     >>> bool(torch.allclose(prompts.target, (prompts.task * prompts.query[:, :2]).sum(-1)))
     True
     """
+    for name, size, least in (("count", count, 1), ("examples", examples, 0), ("features", features, 1)):
+        require_size(name, size, least)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}: give a floating-point dtype.")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, examples + 1, features, generator=generator, dtype=torch.float64)
     task = torch.randn(count, features, generator=generator, dtype=torch.float64)
@@ -84,7 +90,7 @@ def mean_squared_error(output: Float[Tensor, "count dim"], prompts: Prompts) -> 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a model is trained on fresh prompts at every step.
+    """How a model is trained on fresh prompts at every step; `ValueError` for a setting that makes no sense.
 
     Attributes:
         steps: optimiser steps.
@@ -104,6 +110,12 @@ class TrainingSettings:
     seed: int = 0
     every: int = 50
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "examples", "features", "every"):
+            require_size(name, getattr(self, name))
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate is {self.learning_rate}: give a positive number, such as 3e-3.")
+
 
 def train(
     build: Callable[[], Transformer],
@@ -122,19 +134,23 @@ def train(
         measure: called as ``measure(step, training_loss, model)`` before the first step, every ``settings.every`` steps
             and after the last one.
         progress: show a progress bar (never while the book is built).
+
+    Raises `ValueError` where the loss is no longer a finite number.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = build().to(device, dtype)
     prompts = torch.Generator().manual_seed(settings.seed + 1)
     optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.learning_rate, total_steps=settings.steps + 1, pct_start=0.1, cycle_momentum=False
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_up_then_cosine(step, settings.steps))
     bar = tqdm(range(settings.steps + 1), desc="training", unit="step", disable=not progress or building_book())
     for step in bar:
         batch = sample_prompts(settings.batch, settings.examples, settings.features, prompts, dtype, device)
         loss = mean_squared_error(model.at_query(batch.sequence), batch)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {step}: lower learning_rate, now {settings.learning_rate}."
+            )
         if step % settings.every == 0 or step == settings.steps:
             bar.set_postfix(loss=f"{loss.item():.3g}")
             if measure is not None:
@@ -146,3 +162,11 @@ def train(
             optimiser.step()
             schedule.step()
     return model.requires_grad_(False).eval()
+
+
+def _warm_up_then_cosine(step: int, steps: int) -> float:
+    """The learning rate at a step, as a fraction of its peak: up over the first tenth, then down to zero."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2

@@ -78,7 +78,9 @@ def weight_update(
     $a_0 / \lVert a_0 \rVert$, so the left factor carries the whole norm.
 
     Raises `ValueError` for a zero, NaN or infinite activation, for shapes, dtypes or devices that do not fit, and where
-    the update is too large for the dtype. There is no epsilon: the identity is exact.
+    the update is too large for the dtype. There is no epsilon: the identity is exact. In floating point the relative
+    error is about $\lVert W \rVert \lVert a_0 \rVert / \lVert W a_C \rVert$ machine epsilons, so that digits are lost
+    where $a_0$ is much longer than $a_C$.
 
     >>> W = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     >>> update = weight_update(W, a_without=torch.tensor([1.0, 0.0]), a_with=torch.tensor([1.0, 1.0]))
@@ -88,15 +90,17 @@ def weight_update(
     >>> (W + update.dense()) @ torch.tensor([1.0, 0.0])  # = W @ [1, 1]
     tensor([2., 3.])
     """
-    # Scaling by the largest entry first keeps ‖a₀‖² from underflowing or overflowing; it changes no exact value.
-    scale = a_without.abs().amax(-1, keepdim=True)
+    # Dividing by a power of two rounds nothing, and keeps ‖a₀‖² from underflowing or overflowing.
+    exponent = torch.frexp(a_without.abs().amax(-1, keepdim=True).double()).exponent
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 1).to(a_without.dtype)
     scaled = a_without / scale
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    left = (a_with - a_without) @ weight.mT / length / scale
+    left = ((a_with - a_without) / scale) @ weight.mT / length
     require_finite(
         "the update's left factor",
         left,
-        f"W(a_C − a₀)/‖a₀‖ is too large for {weight.dtype}; a₀ is too close to zero for it. Use a wider dtype.",
+        f"W(a_C − a₀)/‖a₀‖ is too large for {weight.dtype}: a₀ is very small, or the others are very large. "
+        "Use a wider dtype.",
     )
     return LowRank(left.unsqueeze(-1), (scaled / length).unsqueeze(-1))
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl_lib.block import ContextualBlock
-from icl_lib.contextual import SoftmaxAttention
+from icl_lib.contextual import SoftmaxAttention, check_layer_prompt
+from icl_lib.validation import require_float, require_same_kind, require_size, validated_by
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,11 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "width", "blocks", "heads", "head_dim", "hidden", "hidden_layers"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ValueError(f"{name} is {size}: give a positive number.")
+            if getattr(self, name) is not None or name not in ("width", "head_dim", "hidden"):
+                require_size(name, getattr(self, name))
+        for name in ("skip", "causal"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give True or False.")
         if self.head_dim is None and self.stream % self.heads:
             raise ValueError(f"heads={self.heads} does not divide the width {self.stream}: give head_dim.")
         for name, allowed in (("activation", tuple(_ACTIVATIONS)), ("norm", ("none", "pre", "post"))):
@@ -108,6 +112,15 @@ class Block(nn.Module):
         return norm(after) if self.config.norm == "post" else after
 
 
+def _check_sequence(model: Transformer, sequence: Any) -> None:
+    require_float("sequence", sequence, 2, "[*batch, n, dim]")
+    require_same_kind("the model", next(model.parameters()), sequence=sequence)
+    if sequence.shape[-1] != model.config.dim or sequence.shape[-2] == 0:
+        raise ValueError(
+            f"sequence has shape {tuple(sequence.shape)}: this model reads [*batch, n, {model.config.dim}] with n ≥ 1."
+        )
+
+
 class Transformer(nn.Module):
     """A stack of blocks, with linear maps into and out of the residual stream where its width differs from a token's.
 
@@ -127,6 +140,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.unembed = nn.Linear(config.stream, config.dim, bias=False) if embedded else nn.Identity()
 
+    @validated_by(_check_sequence)
     def forward(self, sequence: Float[Tensor, "*batch n dim"]) -> Float[Tensor, "*batch n dim"]:
         """The model's output at every position."""
         stream = self.embed(sequence)
@@ -134,12 +148,13 @@ class Transformer(nn.Module):
             stream = block(stream)
         return self.unembed(stream)
 
+    @validated_by(_check_sequence)
     def at_query(self, sequence: Float[Tensor, "*batch n dim"]) -> Float[Tensor, "*batch dim"]:
         """The output at the last position alone: the last block is computed there and nowhere else.
 
         >>> import torch
         >>> model, sequence = Transformer(TransformerConfig(dim=4, blocks=2, norm="pre")), torch.randn(7, 4)
-        >>> torch.allclose(model.at_query(sequence), model(sequence)[-1], atol=1e-6)
+        >>> torch.allclose(model.at_query(sequence), model(sequence)[-1], atol=1e-5)
         True
         """
         stream = self.embed(sequence)
@@ -160,25 +175,32 @@ class Transformer(nn.Module):
         >>> model = Transformer(TransformerConfig(dim=3, width=8, heads=2, skip=False))
         >>> sequence = torch.randn(5, 3)
         >>> block = model.contextual_block()
-        >>> torch.allclose(block(sequence[:-1], sequence[-1]), model(sequence)[-1], atol=1e-6)
+        >>> torch.allclose(block(sequence[:-1], sequence[-1]), model(sequence)[-1], atol=1e-5)
         True
         """
+        self.require_contextual_block()
+        block = self.blocks[0]
+        return ContextualBlock(
+            _Embedded(self.embed, block.attention, self.config.dim), nn.Sequential(*block.mlp, self.unembed)
+        )
+
+    def require_contextual_block(self) -> None:
+        """Raise `ValueError` for a model that is not a single contextual block."""
         config = self.config
         if config.blocks != 1 or config.skip or config.norm != "none":
             raise ValueError(
                 f"blocks={config.blocks}, skip={config.skip}, norm={config.norm!r}: "
                 "only a model with blocks=1, skip=False, norm='none' is a single contextual block."
             )
-        block = self.blocks[0]
-        return ContextualBlock(_Embedded(self.embed, block.attention), nn.Sequential(*block.mlp, self.unembed))
 
 
 class _Embedded(nn.Module):
     """A contextual layer behind an embedding."""
 
-    def __init__(self, embed: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, embed: nn.Module, layer: nn.Module, dim: int) -> None:
         super().__init__()
-        self.embed, self.layer = embed, layer
+        self.embed, self.layer, self.dim = embed, layer, dim
 
+    @validated_by(check_layer_prompt)
     def forward(self, context: Tensor, query: Tensor) -> Tensor:
         return self.layer(self.embed(context), self.embed(query))

@@ -58,14 +58,22 @@ def place(mask: Tensor) -> str:
     return str(mask.nonzero()[0].tolist()) if mask.ndim else ""
 
 
+def require_size(name: str, size: Any, least: int = 1) -> None:
+    """Require a whole number of at least ``least``."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < least:
+        raise ValueError(f"{name} is {size!r}: give a whole number of at least {least}.")
+
+
 def require_float(name: str, tensor: Any, dims: int, layout: str) -> None:
-    """Require a floating-point tensor with at least ``dims`` dimensions (exactly two for a weight ``[out, in]``)."""
+    """Require a floating-point tensor that holds numbers, with at least ``dims`` dimensions."""
     if not isinstance(tensor, Tensor):
         raise ValueError(
             f"{name} is a {type(tensor).__name__}: give a torch.Tensor {layout} (torch.as_tensor makes one)."
         )
     if not tensor.is_floating_point():
         raise ValueError(f"{name} has dtype {tensor.dtype}: convert it with {name}.to(torch.float64).")
+    if tensor.is_meta:
+        raise ValueError(f"{name}.device is meta, where tensors hold no numbers: materialise it first.")
     if tensor.ndim < dims:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, {tensor.ndim} of at least {dims} dimensions: it must be {layout}."

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from browser import ARGUMENTS, HOW_TO_GET_ONE, find_chromium, served
 from hypothesis import settings
 from playwright.sync_api import Browser, sync_playwright
@@ -27,6 +28,12 @@ def build_book(folder: Path) -> tuple[int, str]:
     command = [Path(sys.executable).with_name("jupyter-book"), *BUILD]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return run.returncode, re.sub(r"\x1b\[[0-9;]*m", "", run.stdout + run.stderr)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Random numbers that a test draws without naming a seed are the same on every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -104,11 +104,51 @@ def test_indexing_reaches_the_leading_dimensions_only():
     dense = a.dense()
     for index in [0, (1, 2), slice(1, 3), torch.tensor([2, 0]), (slice(None), 3), None, ...]:
         torch.testing.assert_close(a[index].dense(), dense[index], rtol=0, atol=1e-14)
-    for index in [(0, 0, 0), 3]:
+    square = draw(0, (3, 4), (3, 4), out=5, in_=5)
+    for index in [(..., 0), (0, ...), (..., slice(1, 3)), torch.rand(3, 4) > 0.5]:
+        torch.testing.assert_close(square[index].dense(), square.dense()[_whole(index)], rtol=0, atol=1e-14)
+    assert draw(0)[None].shape == (1, 5, 4)
+    for low_rank, index in [(a, (0, 0, 0)), (a, 3), (square, (0, 0, 0)), (draw(0), 0)]:
         with pytest.raises(IndexError):
-            a[index]
-    with pytest.raises(ValueError, match="no leading dimension"):
-        draw(0)[0]
+            low_rank[index]
+
+
+def _whole(index):
+    """The same index of the leading dimensions for a dense matrix."""
+    return (*index, slice(None), slice(None)) if isinstance(index, tuple) else index
+
+
+def test_sums_and_strangers():
+    a, b = draw(0, columns=1), draw(1, columns=1)
+    assert isinstance(sum([a, b]), LowRank)
+    torch.testing.assert_close(sum([a, b]).dense(), a.dense() + b.dense())
+    torch.testing.assert_close((a / 2).dense(), a.dense() / 2)
+    for strange in (lambda: a @ 2.0, lambda: a + "b", lambda: np.ones(5) @ a, lambda: a + np.ones((5, 4))):
+        with pytest.raises(TypeError):
+            strange()
+    with pytest.raises(ValueError, match="dtype"):
+        a + b.to(torch.float32)
+    with pytest.raises(ValueError, match="sizes must agree"):
+        a.inner(draw(0, out=6))
+
+
+@pytest.mark.parametrize("magnitude", [1e-200, 1.0, 1e200])
+def test_rank_at_any_magnitude(magnitude):
+    a = draw(0, columns=2)
+    assert int(LowRank(magnitude * a.left, magnitude * a.right).rank()) == 2
+
+
+def test_no_columns_at_all():
+    empty = LowRank(torch.zeros(5, 0), torch.zeros(4, 0))
+    assert int(empty.rank()) == 0
+    assert empty.norm() == 0
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_norm_is_differentiable(columns):
+    a = draw(0, columns=columns)
+    factors = (a.left.requires_grad_(), a.right.requires_grad_())
+    assert torch.autograd.gradcheck(lambda left, right: LowRank(left, right).norm(), factors)
 
 
 @pytest.mark.parametrize(

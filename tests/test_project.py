@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 # Data flows down this list: a module imports only what stands above it.
 LAYERS = [
-    "validation environment low_rank theorem contextual block transformer regression experiments figures plots "
-    "widgets.page widgets.playground widgets.explorer",
+    "validation environment low_rank theorem contextual structure block transformer regression experiments figures "
+    "plots widgets.page widgets.playground widgets.explorer",
     "symbolic.notation symbolic.derivation symbolic.least_norm symbolic.any_size symbolic.solutions "
     "symbolic.skip_connection symbolic.attention",
 ]

@@ -62,6 +62,42 @@ def test_training_learns_and_repeats_itself():
     assert mean_squared_error(model(mixed)[:, -1], prompts) > before / 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"every": -1}, "every is -1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ],
+)
+def test_settings_are_checked(settings, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        TrainingSettings(**settings)
+
+
+@pytest.mark.parametrize("steps", range(1, 13))
+def test_any_number_of_steps(steps):
+    seen = []
+    settings = TrainingSettings(steps=steps, batch=2, examples=3, every=5)
+    train(build, settings, lambda step, *_: seen.append(step), progress=False)
+    assert seen[0] == 0
+    assert seen[-1] == steps
+
+
+def test_a_training_that_diverges_says_so():
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+: lower learning_rate"):
+        train(build, TrainingSettings(steps=9, batch=4, examples=5, learning_rate=1e300), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [((-1, 3, 2), "count is -1"), ((2, -1, 2), "examples is -1"), ((2, 3, 0), "features")]
+)
+def test_prompt_sizes_are_checked(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        sample_prompts(*arguments, seed=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_training_keeps_the_dtype(dtype):
     settings = TrainingSettings(steps=1, batch=2, examples=3)

@@ -56,13 +56,13 @@ def test_batches_are_single_updates_stacked(batches):
         torch.testing.assert_close(update.dense()[index], single.dense(), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("magnitude", [1e-300, 1e-200, 1e-20, 1.0, 1e20, 1e150])
+@pytest.mark.parametrize("magnitude", [1e-300, 1e-200, 1e-20, 1.0, 1e20, 1e150, 1e300])
 def test_no_epsilon_at_any_magnitude(magnitude):
     weight, a_without, a_with = draw(0)
     a_without, a_with = magnitude * a_without, magnitude * a_with
     update = weight_update(weight, a_without, a_with)
     residual = (weight + update) @ a_without - weight @ a_with
-    assert residual.norm() <= 1e-14 * (weight @ a_with / magnitude).norm() * magnitude
+    assert residual.abs().max() <= 1e-14 * (weight @ a_with).abs().max()  # a norm would overflow at the largest
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-2)])
@@ -101,7 +101,7 @@ NAN, INF = float("nan"), float("inf")
         (None, torch.ones(3), None, r"a_with.dtype is torch.float64 but a_without.dtype is torch.float32"),
         (torch.ones(4, 3), None, None, r"a_without.dtype is torch.float64 but weight.dtype is torch.float32"),
         (torch.ones(4, 3).long(), None, None, r"weight has dtype torch.int64.*weight.to"),
-        (torch.ones(4, 3, device="meta").double(), None, None, "a_without.device is cpu but weight.device is meta"),
+        (torch.ones(4, 3, device="meta").double(), None, None, "weight.device is meta.*materialise"),
         (None, torch.ones(2, 3).double(), torch.ones(5, 3).double(), "do not broadcast"),
         (None, [1.0, 2.0, 3.0], None, "a_without is a list.*as_tensor"),
         (None, torch.tensor([1e-320, 0, 0], dtype=torch.float64), None, "too large for torch.float64.*wider dtype"),

@@ -67,6 +67,22 @@ def test_contextual_block_shares_the_model():
     assert torch.equal(model.blocks[0].mlp[0].weight, before)
 
 
+@pytest.mark.parametrize(
+    ("sequence", "says"),
+    [
+        (torch.zeros(5, 3), r"sequence has shape \(5, 3\): this model reads \[\*batch, n, 4\]"),
+        (torch.zeros(0, 4), "n ≥ 1"),
+        (torch.zeros(4), r"sequence has shape \(4,\)"),
+        (torch.zeros(5, 4).double(), "sequence.dtype is torch.float64"),
+    ],
+)
+def test_bad_sequences_are_named(sequence, says):
+    model = Transformer(TransformerConfig(dim=4))
+    for run in (model, model.at_query):
+        with pytest.raises(ValueError, match=says):
+            run(sequence)
+
+
 @pytest.mark.parametrize("change", [{"blocks": 2}, {"skip": True}, {"norm": "pre"}])
 def test_other_models_are_not_a_contextual_block(change):
     config = TransformerConfig(**{"dim": 3, "skip": False, **change})
@@ -80,6 +96,8 @@ def test_other_models_are_not_a_contextual_block(change):
         ({"dim": 0}, "dim is 0"),
         ({"blocks": -1}, "blocks is -1"),
         ({"heads": 3}, "heads=3 does not divide the width 4"),
+        ({"width": 0}, "width is 0"),
+        ({"head_dim": 0}, "head_dim is 0"),
         ({"norm": "batch"}, "norm is 'batch': choose one of none, pre, post"),
         ({"activation": "tanh"}, "activation is 'tanh': choose one of gelu, relu"),
     ],

@@ -223,8 +223,8 @@ function render({ model, el }) {
   });
   const note = make("p", { class: "icl-note" });
   note.innerHTML =
-    "Dotted: the unit circle, and its image under W. Green: its image under W + ΔW. The two images touch where a " +
-    "vector is perpendicular to a<sub>0</sub>: there the edit changes nothing.";
+    "Dotted: the unit circle, and its image under W. Green: its image under W + ΔW. Vectors perpendicular " +
+    "to a<sub>0</sub> land on the same point of both: the edit leaves them alone.";
   const controls = make(
     "div", { class: "icl-controls" },
     make("label", { class: "icl-switch" }, toggle, " apply ΔW"), make("span", { class: "icl-presets" }, ...presets));

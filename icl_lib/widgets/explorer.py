@@ -99,9 +99,14 @@ class _Control:
         elif isinstance(given, (str, bytes, set, frozenset)) or not isinstance(given, Iterable):
             raise ValueError(f"{name} is {given!r}: give a list, a range, an array, or a dictionary of its values.")
         else:
-            values = given.tolist() if hasattr(given, "tolist") else list(given)  # Python numbers from an array
-            if not isinstance(values, list) or any(isinstance(value, list) for value in values):
+            if len(getattr(given, "shape", [None])) != 1:
                 raise ValueError(f"{name} has shape {tuple(given.shape)}: give an array with one dimension.")
+            # One more than can be drawn is enough to see that there are too many, however many there are.
+            first = list(itertools.islice(given, MAX_FRAMES + 1))
+            values = [value.item() if hasattr(value, "item") else value for value in first]  # Python's own numbers
+            for i, value in enumerate(values):
+                if not isinstance(value, (str, bool, numbers.Real)):
+                    raise ValueError(f"{name}[{i}] is {value!r}: give numbers or strings, or a dictionary with labels.")
             for i, value in enumerate(values):
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"{name}[{i}] is {value}: give finite numbers, or a dictionary with labels.")
