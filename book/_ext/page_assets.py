@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ def write_assets(app: Any) -> None:
     app.config.html_static_path.append(str(folder))
 
 
+def fingerprint(folders: Iterable[Path]) -> str:
+    """A hash of the files in ``folders``."""
+    digest = hashlib.sha256()
+    for file in sorted(path for folder in folders for path in folder.iterdir()):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def choose(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
     """Drop from a page the scripts and style sheets that it does not use."""
     body = context.get("body") or ""
@@ -119,6 +128,8 @@ def finish(app: Any, exception: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, Any]:
     """Register with Sphinx."""
+    # Sphinx copies static files only when it writes a page, and writes a page only when a setting or its text changes.
+    app.add_config_value("page_assets", fingerprint([STATIC, BOOK / "_static"]), "html")
     app.connect("builder-inited", write_assets)
     app.add_js_file(SCRIPT, defer="defer")
     app.add_css_file(STYLE)
