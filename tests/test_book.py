@@ -56,10 +56,10 @@ def test_a_broken_formula_fails_the_build(tmp_path, site):
     # What an earlier build has stored of its pages must not hide the break.
     shutil.copytree(site.parent / ".jupyter_cache", folder / "_build" / ".jupyter_cache")
     theorem = folder / "icl_lib" / "theorem.py"
-    formula = "left = (a_with - a_without) @ weight.mT / length / scale"
+    formula = "return LowRank(left.unsqueeze(-1)"
     source = theorem.read_text()
     assert formula in source
-    theorem.write_text(source.replace(formula, f"{formula} * 2"))
+    theorem.write_text(source.replace(formula, "return LowRank(2 * left.unsqueeze(-1)"))
     status, output = build_book(folder)
     assert status != 0
     assert "AssertionError" in output

@@ -102,6 +102,12 @@ def fingerprint(folders: Iterable[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def renew_source_pages(app: Any) -> list[Any]:
+    """Have sphinx.ext.viewcode write all of its pages: it keeps those of unchanged modules, whose style has changed."""
+    shutil.rmtree(Path(app.outdir) / "_modules", ignore_errors=True)
+    return []
+
+
 def choose(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
     """Drop from a page the scripts and style sheets that it does not use."""
     body = context.get("body") or ""
@@ -134,6 +140,7 @@ def setup(app: Any) -> dict[str, Any]:
     app.add_js_file(SCRIPT, defer="defer")
     app.add_css_file(STYLE)
     app.add_css_file(EVERYWHERE)
+    app.connect("html-collect-pages", renew_source_pages, priority=100)
     app.connect("html-page-context", choose, priority=900)
     app.connect("build-finished", finish, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -131,8 +131,9 @@ function handle(plane, name, text, move, current) {
   const node = make(
     "svg:g",
     { class: `icl-handle ${name}`, tabindex: 0, ...role },
-    make("svg:circle", { class: "icl-touch", r: 24 }),
-    make("svg:circle", { class: "icl-ring", r: 14 }),
+    // a₀ has the wider grip, so that it can still be taken where a_C lies on it.
+    make("svg:circle", { class: "icl-touch", r: name === "icl-a" ? 27 : 19 }),
+    make("svg:circle", { class: "icl-ring", r: name === "icl-a" ? 20 : 14 }),
     make("svg:circle", { class: "icl-dot", r: 8 }),
   );
   plane.svg.append(node);
