@@ -52,7 +52,7 @@ def test_addresses_of_hosts(remote, page):
         "./owner/name",
         "name",
         r"C:\work\owner\name",
-        "C:/work/owner/name",
+        "C:/code/owner/name",
         "file:///srv/git/owner/name",
         "git://example.org/owner/name",
         "ftp://example.org/owner/name",
