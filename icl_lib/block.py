@@ -40,6 +40,10 @@ def _check_block(_: Any, contextual: Any, mlp: Any, skip: Any) -> None:
         raise ValueError(f"skip is {skip!r}: give True or False.")
 
 
+def _check_forward(_: Any, context: Any, query: Any) -> None:
+    check_prompt(context, query)
+
+
 class ContextualBlock(nn.Module):
     r"""A contextual layer, then an MLP.
 
@@ -76,6 +80,7 @@ class ContextualBlock(nn.Module):
         """The linear map that writes the MLP's output; its bias is the theorem's $b'$ where there is a skip."""
         return self.mlp.get_submodule(self._last)
 
+    @validated_by(_check_forward)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch out"]:
@@ -83,6 +88,14 @@ class ContextualBlock(nn.Module):
         activation = self.contextual(context, query)
         output = self.mlp(activation)
         return query + activation + output if self.skip else output
+
+
+def _require_block(block: Any) -> None:
+    if not isinstance(block, ContextualBlock):
+        raise ValueError(
+            f"block is a {type(block).__name__}: give a ContextualBlock. A Transformer of one block has "
+            ".contextual_block()."
+        )
 
 
 def _check_implicit_update(block: Any, context: Any, query: Any, keep: Any) -> None:
@@ -93,6 +106,31 @@ def _check_implicit_update(block: Any, context: Any, query: Any, keep: Any) -> N
     if context.shape[-2] == 0:
         raise ValueError("context is empty: there is nothing to turn into weights. Give it at least one token.")
     _kept_indices(keep, context.shape[-2])
+
+
+def _require_fit(update: ImplicitUpdate, block: Any) -> None:
+    _require_block(block)
+    weight = block.first_linear.weight
+    require_same_kind("block's weight", weight, update=update.weight)
+    if update.weight.shape[-2:] != weight.shape[-2:]:
+        raise ValueError(
+            f"the update is {tuple(update.weight.shape)} and the block's weight {tuple(weight.shape)}: "
+            "apply it to the block (or a copy of the block) that it was computed from."
+        )
+    require_broadcastable(update=update.weight.batch_shape, block=weight.shape[:-2])
+    if (update.bias is not None) != block.skip:
+        raise ValueError(
+            f"the update {'has' if update.bias is not None else 'lacks'} a bias part and the block has "
+            f"skip={block.skip}: compute the update from a block with the same skip."
+        )
+    if update.bias is not None:
+        require_same_kind("block's weight", weight, bias=update.bias)
+        wanted = (*update.weight.batch_shape, weight.shape[-1])
+        if update.bias.shape != wanted:
+            raise ValueError(
+                f"the update's bias has shape {tuple(update.bias.shape)} beside a weight update "
+                f"{tuple(update.weight.shape)}: it must be {wanted}."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +150,7 @@ class ImplicitUpdate:
         within = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
         return ImplicitUpdate(self.weight[index], None if self.bias is None else self.bias[within])
 
+    @validated_by(_require_fit)
     def apply(self, block: ContextualBlock) -> ContextualBlock:
         """A copy of ``block`` with edited weights; ``block`` is left as it was.
 
@@ -122,7 +161,6 @@ class ImplicitUpdate:
         Raises `ValueError` where the update does not fit the block in shape, dtype, device or skip connection, and
         where the edited weights overflow.
         """
-        _require_fit(self, block)
         edited = copy.deepcopy(block)
         with torch.no_grad():
             # The linear map is replaced, not changed: a layer that shares it with the MLP keeps the old one.
@@ -259,36 +297,3 @@ def _edited_linear(old: nn.Module, weight: LowRank | None = None, bias: Tensor |
     else:
         new = _BatchedLinear(new_weight, new_bias)
     return new.requires_grad_(old.weight.requires_grad).train(old.training)
-
-
-def _require_fit(update: ImplicitUpdate, block: Any) -> None:
-    _require_block(block)
-    weight = block.first_linear.weight
-    require_same_kind("block's weight", weight, update=update.weight)
-    if update.weight.shape[-2:] != weight.shape[-2:]:
-        raise ValueError(
-            f"the update is {tuple(update.weight.shape)} and the block's weight {tuple(weight.shape)}: "
-            "apply it to the block (or a copy of the block) that it was computed from."
-        )
-    require_broadcastable(update=update.weight.batch_shape, block=weight.shape[:-2])
-    if (update.bias is not None) != block.skip:
-        raise ValueError(
-            f"the update {'has' if update.bias is not None else 'lacks'} a bias part and the block has "
-            f"skip={block.skip}: compute the update from a block with the same skip."
-        )
-    if update.bias is not None:
-        require_same_kind("block's weight", weight, bias=update.bias)
-        wanted = (*update.weight.batch_shape, weight.shape[-1])
-        if update.bias.shape != wanted:
-            raise ValueError(
-                f"the update's bias has shape {tuple(update.bias.shape)} beside a weight update "
-                f"{tuple(update.weight.shape)}: it must be {wanted}."
-            )
-
-
-def _require_block(block: Any) -> None:
-    if not isinstance(block, ContextualBlock):
-        raise ValueError(
-            f"block is a {type(block).__name__}: give a ContextualBlock. A Transformer of one block has "
-            ".contextual_block()."
-        )

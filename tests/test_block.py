@@ -190,6 +190,21 @@ def test_an_update_must_fit_its_block():
             update.apply(block)
 
 
+@pytest.mark.parametrize(
+    ("context", "query"), [(CONTEXT, QUERY[0]), (CONTEXT, QUERY.float()), (QUERY, QUERY), ("c", QUERY)]
+)
+def test_a_block_checks_its_prompt(context, query):
+    for layer in (MeanPooling(), lambda context, query: context.mean(-2)):
+        block = ContextualBlock(layer, nn.Linear(6, 6)).double()
+        with pytest.raises(ValueError, match=r"context|query"):
+            block(context, query)
+
+
+def test_an_update_is_applied_to_blocks_only():
+    with pytest.raises(ValueError, match="block is a Linear: give a ContextualBlock"):
+        implicit_update(build(), *prompt()).apply(nn.Linear(6, 24))
+
+
 def test_applying_leaves_the_block_and_the_update_alone():
     block, (context, query) = build(skip=True), prompt()
     before = copy.deepcopy(block.state_dict())
