@@ -86,8 +86,10 @@ def test_in_every_precision(layer, skip, dtype, bound):
     block, (context, query) = build(layer, skip=skip, dtype=dtype), prompt((4,), dtype=dtype)
     update = implicit_update(block, context, query)
     assert update.weight.dtype == dtype
-    edited = update.apply(block)(context[:, :0], query)
-    assert difference(edited.double(), block(context, query).double()) < bound
+    wanted = block(context, query).double()
+    edited = difference(update.apply(block)(context[:, :0], query).double(), wanted)
+    assert edited < bound
+    assert difference(block(context[:, :0], query).double(), wanted) > 3 * edited  # negative control
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -99,6 +101,7 @@ def test_one_prompt_of_a_batch(skip):
     edited = together[1].apply(block)
     assert isinstance(edited.first_linear, nn.Linear)  # one update gives an ordinary block
     assert difference(edited(context[1, :0], query[1]), block(context, query)[1]) < 1e-13
+    assert difference(edited(context[0, :0], query[0]), block(context, query)[0]) > 1e-3  # another's prompt
 
 
 def test_keeping_everything_changes_nothing():
@@ -130,6 +133,7 @@ def test_any_mlp_that_begins_with_a_linear_map(mlp, skip, batch):
     context, query = prompt(batch)
     edited = implicit_update(block, context, query).apply(block)
     assert difference(edited(context[..., :0, :], query), block(context, query)) < 1e-12
+    assert difference(block(context[..., :0, :], query), block(context, query)) > 1e-6  # negative control
 
 
 class ZeroWithoutContext(nn.Module):
@@ -231,6 +235,7 @@ def test_a_map_shared_with_the_contextual_layer_keeps_its_weights_there():
         block, (context, query) = ContextualBlock(Shared(), shared), prompt(batch)
         edited = implicit_update(block, context, query).apply(block)
         assert difference(edited(context[..., :0, :], query), block(context, query)) < 1e-12
+        assert difference(block(context[..., :0, :], query), block(context, query)) > 1e-6  # negative control
 
 
 def test_an_edited_copy_is_as_trainable_as_the_block():
@@ -249,6 +254,7 @@ def test_an_ellipsis_picks_prompts():
         wanted = block(context, query)[(*index, slice(None))]
         part = context[(*index, slice(None), slice(None))][..., :0, :]
         assert difference(edited(part, query[(*index, slice(None))]), wanted) < 1e-12
+        assert difference(block(part, query[(*index, slice(None))]), wanted) > 1e-6  # negative control
 
 
 def test_needs_the_exact_query():
