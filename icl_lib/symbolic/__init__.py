@@ -10,11 +10,17 @@ assumptions, :meth:`Derivation.lambdify` makes it a function of arrays, and in a
 - :func:`uniqueness`: why no other is as small
 - :func:`bias_update`: what a skip connection carries past the weights
 - :func:`single_token_attention`: attention over one token
+- :func:`layer_norm`: layer norm, written out
+- :func:`position_weight_update`, :func:`position_bias_update`: a residual block, at any position of the sequence
+- :func:`shared_factor`: why the updates of all positions add up to rank one
+- :func:`alignment_within`, :func:`alignment_across`: the cosine of two updates, of one block and of two
+- :func:`hidden_permutation`: why the second of these depends on how hidden units are numbered
 
 $a_0$ (``a_without``) is what the contextual layer yields without the removed part of the context, $a_C$ (``a_with``)
 what it yields with it, and $\delta = a_C - a_0$.
 
-Source: Dherin, Munn, Mazzawi, Wunder, Gonzalvo, *Learning without training* (arXiv 2507.16003).
+Sources: Dherin, Munn, Mazzawi, Wunder, Gonzalvo, *Learning without training* (arXiv 2507.16003); Innocenti, Achour,
+*A Simple Generalisation of the Implicit Dynamics of In-Context Learning* (arXiv 2512.11255).
 
 >>> from icl_lib.symbolic import weight_update
 >>> derivation = weight_update(3, 2)
@@ -24,17 +30,29 @@ Source: Dherin, Munn, Mazzawi, Wunder, Gonzalvo, *Learning without training* (ar
 True
 """
 
+from icl_lib.symbolic.alignment import alignment_across, alignment_within
 from icl_lib.symbolic.any_size import weight_update_any_size
 from icl_lib.symbolic.attention import single_token_attention
 from icl_lib.symbolic.derivation import Derivation, Step
+from icl_lib.symbolic.every_position import position_bias_update, position_weight_update
+from icl_lib.symbolic.hidden_units import hidden_permutation
 from icl_lib.symbolic.least_norm import weight_update
+from icl_lib.symbolic.normalization import layer_norm
 from icl_lib.symbolic.skip_connection import bias_update
 from icl_lib.symbolic.solutions import solution_set, uniqueness
+from icl_lib.symbolic.stacked import shared_factor
 
 __all__ = [
     "Derivation",
     "Step",
+    "alignment_across",
+    "alignment_within",
     "bias_update",
+    "hidden_permutation",
+    "layer_norm",
+    "position_bias_update",
+    "position_weight_update",
+    "shared_factor",
     "single_token_attention",
     "solution_set",
     "uniqueness",
