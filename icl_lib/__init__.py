@@ -2,27 +2,37 @@
 
 from typing import Any
 
+from icl_lib.absorb import BlockPatch, Patch, absorb
+from icl_lib.anatomy import Anatomy, register_anatomy
 from icl_lib.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import bias_update, weight_update
 from icl_lib.transformer import Transformer, TransformerConfig
+from icl_lib.verification import Report, verify
 
 __all__ = [
     "GRU",
+    "Anatomy",
+    "BlockPatch",
     "ContextualBlock",
     "ImplicitUpdate",
     "LinearAttention",
     "LowRank",
     "MeanPooling",
+    "Patch",
     "Playground",
+    "Report",
     "SoftmaxAttention",
     "Transformer",
     "TransformerConfig",
+    "absorb",
     "bias_update",
     "explore",
     "implicit_update",
     "kept_context",
+    "register_anatomy",
+    "verify",
     "weight_update",
 ]
 

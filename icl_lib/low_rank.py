@@ -87,7 +87,21 @@ class LowRank:
         >>> LowRank(factors, factors).matvec(torch.ones(5, 3))[0]
         tensor([3., 3., 3.])
         """
-        return (self @ vectors.unsqueeze(-1)).squeeze(-1)
+        read = self.right.mT @ vectors.unsqueeze(-1)
+        if self.left.shape[-1] == 1:  # a product of numbers; as matrices it would be many times slower
+            return self.left.squeeze(-1) * read.squeeze(-1)
+        return (self.left @ read).squeeze(-1)
+
+    def addmv(self, base: Float[Tensor, "*base out"], vectors: Float[Tensor, "*vectors in_"]) -> Tensor:
+        """``base + self.matvec(vectors)``: what a linear map that answers ``base`` answers once it has this update.
+
+        >>> factors = torch.ones(5, 3, 1)
+        >>> LowRank(factors, factors).addmv(torch.ones(3), torch.ones(5, 3))[0]
+        tensor([4., 4., 4.])
+        """
+        if self.left.shape[-1] == 1:
+            return torch.addcmul(base, self.left.squeeze(-1), (self.right.mT @ vectors.unsqueeze(-1)).squeeze(-1))
+        return base + self.matvec(vectors)
 
     def norm(self) -> Float[Tensor, "*batch"]:
         r"""The Frobenius norm $\lVert L R^\top \rVert_F$; for rank one, $\lVert l \rVert \lVert r \rVert$."""
@@ -106,6 +120,19 @@ class LowRank:
         if self.shape[-2:] != other.shape[-2:]:
             raise ValueError(f"other is {tuple(other.shape)} and this matrix {tuple(self.shape)}: sizes must agree.")
         return ((self.left.mT @ other.left) * (self.right.mT @ other.right)).sum(dim=(-2, -1))
+
+    def sum(self) -> LowRank:
+        """The sum over the last leading dimension, its terms' columns side by side.
+
+        >>> terms = LowRank(torch.ones(5, 3, 1), torch.ones(1, 4, 1))
+        >>> total = terms.sum()
+        >>> total.shape, int(total.rank()), float(total.dense()[0, 0])
+        (torch.Size([3, 4]), 1, 5.0)
+        """
+        if not self.batch_shape:
+            raise ValueError(f"this LowRank is {tuple(self.shape)}: it has no leading dimension to sum over.")
+        left, right = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
+        return LowRank(*(factor.movedim(-3, -1).flatten(-2) for factor in (left, right)))
 
     def singular_values(self) -> Float[Tensor, "*batch values"]:
         """The singular values that may differ from zero, largest first: at most as many as the factors have columns."""

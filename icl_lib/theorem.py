@@ -95,7 +95,7 @@ def weight_update(
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 1).to(a_without.dtype)
     scaled = a_without / scale
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    left = ((a_with - a_without) / scale) @ weight.mT / length
+    left = ((a_with - a_without) / scale / length) @ weight.mT
     require_finite(
         "the update's left factor",
         left,

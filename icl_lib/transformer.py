@@ -90,8 +90,8 @@ class Block(nn.Module):
         self.norm_attention = nn.LayerNorm(width) if with_norm else nn.Identity()
         self.norm_mlp = nn.LayerNorm(width) if with_norm else nn.Identity()
 
-    def forward(self, stream: Float[Tensor, "*batch n width"]) -> Float[Tensor, "*batch n width"]:
-        """The stream after this block."""
+    def forward(self, stream: Float[Tensor, "*batch n width"]) -> Float[Tensor, "*batch positions width"]:
+        """The stream after this block; where a patch has an edit for each of many positions, one token serves all."""
         stream = self._sublayer(self._attend, self.norm_attention, stream)
         return self._sublayer(self.mlp, self.norm_mlp, stream)
 
