@@ -1,4 +1,4 @@
-"""The chapters' pictures: data in, :class:`~icl_lib.figures.Figure` out."""
+"""Pictures of the identity in one block: training curves, a context removed in part, the family of solutions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from icl_lib.experiments import TrainingCurves
+from icl_lib.experiments.one_block import TrainingCurves
 from icl_lib.figures import COLOURS, Figure, Row, figure
 
 
