@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lint format picture clean
+.PHONY: help book test figures lint format picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -21,6 +21,9 @@ book: $(INSTALLED) ## execute every chapter and build the website
 test: book lint ## build the book, then run all tests, those in a real browser included
 	$(BIN)/python tests/chromium.py
 	$(BIN)/pytest
+
+figures: $(INSTALLED) ## run the papers' figures at full scale, an hour or more; options: make figures ARGS=--help
+	$(BIN)/python -m icl_lib.experiments $(ARGS)
 
 lint: $(INSTALLED) ## check style
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ from icl_lib.anatomy import Anatomy, register_anatomy
 from icl_lib.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.low_rank import LowRank
-from icl_lib.theorem import bias_update, weight_update
+from icl_lib.theorem import alignment, bias_update, weight_update
 from icl_lib.transformer import Transformer, TransformerConfig
 from icl_lib.verification import Report, verify
 
@@ -27,6 +27,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "absorb",
+    "alignment",
     "bias_update",
     "explore",
     "implicit_update",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -97,7 +98,8 @@ class TrainingSettings:
         batch: prompts in a step.
         examples: examples in a prompt, $N$.
         features: input features, $d$.
-        learning_rate: Adam's, reached after a warm-up and lowered to zero along a cosine.
+        learning_rate: Adam's, at its peak.
+        schedule: ``cosine``, a warm-up and then down to zero along a cosine, or ``constant``.
         seed: of the initial weights and of the prompts.
         every: steps between two measurements.
     """
@@ -107,6 +109,7 @@ class TrainingSettings:
     examples: int = 100
     features: int = 2
     learning_rate: float = 3e-3
+    schedule: str = "cosine"
     seed: int = 0
     every: int = 50
 
@@ -115,6 +118,106 @@ class TrainingSettings:
             require_size(name, getattr(self, name))
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate is {self.learning_rate}: give a positive number, such as 3e-3.")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule is {self.schedule!r}: choose 'cosine' or 'constant'.")
+
+
+class Diverged(ValueError):
+    """Training has left the finite numbers."""
+
+    def __init__(self, what: str, trainer: Trainer) -> None:
+        rate = trainer.settings.learning_rate
+        super().__init__(f"the {what} is not finite at step {trainer.step}: lower learning_rate, now {rate}.")
+
+
+class Trainer:
+    """A model in training: everything that the next step depends on, so that a run can stop and go on elsewhere.
+
+    Args:
+        build: makes the untrained model; it is called with the random generator seeded by ``settings.seed``, and the
+            global generator is put back afterwards.
+        settings: see :class:`TrainingSettings`.
+
+    Attributes:
+        model: the model, as it is now.
+        step: optimiser steps taken.
+
+    >>> from icl_lib import TransformerConfig
+    >>> settings = TrainingSettings(steps=2, batch=4, examples=5)
+    >>> first, again = (Trainer(lambda: Transformer(TransformerConfig(dim=3)), settings) for _ in range(2))
+    >>> _ = first.advance()
+    >>> again.load_state_dict(first.state_dict())
+    >>> first.advance() == again.advance()
+    True
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Transformer],
+        settings: TrainingSettings,
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = build().to(device, dtype)
+        self.settings, self.step = settings, 0
+        self._prompts = torch.Generator().manual_seed(settings.seed + 1)
+        self._optimiser = torch.optim.Adam(self.model.parameters(), settings.learning_rate)
+        rate = (lambda step: _warm_up_then_cosine(step, settings.steps)) if settings.schedule == "cosine" else _constant
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, rate)
+        self._loss: Tensor | None = None
+
+    def loss(self) -> float:
+        """The loss on the prompts of the coming step.
+
+        Raises :class:`Diverged` where it is no longer a finite number.
+        """
+        if self._loss is None:
+            like = next(self.model.parameters())
+            settings = self.settings
+            batch = sample_prompts(
+                settings.batch, settings.examples, settings.features, self._prompts, like.dtype, like.device
+            )
+            self._loss = mean_squared_error(self.model.at_query(batch.sequence), batch)
+        if not torch.isfinite(self._loss):
+            raise Diverged("loss", self)
+        return self._loss.item()
+
+    def advance(self) -> float:
+        """Take one optimiser step; gives the loss before it.
+
+        Raises :class:`Diverged` where the loss or its gradient is no longer finite, and leaves the model as it was.
+        """
+        loss = self.loss()
+        self._optimiser.zero_grad()
+        self._loss.backward()
+        if not all(parameter.grad.isfinite().all() for parameter in self.model.parameters()):
+            raise Diverged("gradient", self)
+        self._optimiser.step()
+        self._schedule.step()
+        self._loss, self.step = None, self.step + 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` takes to go on from here, bit for bit."""
+        if self._loss is not None:
+            raise ValueError("the coming step's prompts are drawn already: take the state right after advance().")
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "prompts": self._prompts.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where another trainer of the same settings was."""
+        self.step, self._loss = state["step"], None
+        self.model.load_state_dict(state["model"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._prompts.set_state(state["prompts"])
 
 
 def train(
@@ -128,40 +231,29 @@ def train(
     """Build a model and train it; the same settings give the same model, bit for bit, on the same machine.
 
     Args:
-        build: makes the untrained model; it is called with the random generator seeded by ``settings.seed``, and the
-            global generator is put back afterwards.
-        settings: see :class:`TrainingSettings`.
+        build, settings: as for :class:`Trainer`.
         measure: called as ``measure(step, training_loss, model)`` before the first step, every ``settings.every`` steps
             and after the last one.
         progress: show a progress bar (never while the book is built).
 
-    Raises `ValueError` where the loss is no longer a finite number.
+    Raises :class:`Diverged` where the loss or its gradient is no longer a finite number.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = build().to(device, dtype)
-    prompts = torch.Generator().manual_seed(settings.seed + 1)
-    optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_up_then_cosine(step, settings.steps))
+    trainer = Trainer(build, settings, dtype, device)
     bar = tqdm(range(settings.steps + 1), desc="training", unit="step", disable=not progress or building_book())
     for step in bar:
-        batch = sample_prompts(settings.batch, settings.examples, settings.features, prompts, dtype, device)
-        loss = mean_squared_error(model.at_query(batch.sequence), batch)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {step}: lower learning_rate, now {settings.learning_rate}."
-            )
+        loss = trainer.loss()
         if step % settings.every == 0 or step == settings.steps:
-            bar.set_postfix(loss=f"{loss.item():.3g}")
+            bar.set_postfix(loss=f"{loss:.3g}")
             if measure is not None:
                 with torch.no_grad():
-                    measure(step, loss.item(), model)
+                    measure(step, loss, trainer.model)
         if step < settings.steps:
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    return model.requires_grad_(False).eval()
+            trainer.advance()
+    return trainer.model.requires_grad_(False).eval()
+
+
+def _constant(_: int) -> float:
+    return 1.0
 
 
 def _warm_up_then_cosine(step: int, steps: int) -> float:

@@ -125,3 +125,28 @@ def bias_update(
     tensor([0., 1.])
     """
     return a_with - a_without
+
+
+def alignment(first: LowRank, second: LowRank) -> Tensor:
+    r"""The cosine of the angle between two updates, as vectors of all their entries.
+
+    $$\cos(\Delta W, \Delta W') = \frac{\operatorname{tr}(\Delta W^\top \Delta W')}
+      {\lVert \Delta W\rVert_F \lVert \Delta W'\rVert_F}$$
+
+    Source: Innocenti and Achour (arXiv 2512.11255), Figures A.1 and A.2. For two positions of one block it is the
+    cosine of $W(g_i - f)$ and $W(g_j - f)$ (:func:`icl_lib.symbolic.alignment_within`); for two blocks, it is
+    that times the cosine of their $f$ (:func:`icl_lib.symbolic.alignment_across`), and it changes with the numbering of
+    the hidden units (:func:`icl_lib.symbolic.hidden_permutation`).
+
+    Shapes: both ``[*batch, out, in]``; leading dimensions broadcast, so ``alignment(u[..., :, None], u[..., None, :])``
+    is the table of all pairs. NaN where an update is zero, which has no direction. Raises `ValueError` for updates of
+    different sizes.
+
+    >>> e = torch.eye(3)
+    >>> updates = LowRank(e[:, :, None], torch.ones(3, 1, 1))  # three updates, pairwise orthogonal
+    >>> alignment(updates[:, None], updates[None, :])
+    tensor([[1., 0., 0.],
+            [0., 1., 0.],
+            [0., 0., 1.]])
+    """
+    return first.inner(second) / (first.norm() * second.norm())

@@ -13,7 +13,9 @@ README = (ROOT / "README.md").read_text()
 # Data flows down this list: a module imports only what stands above it.
 LAYERS = [
     "validation environment sweep low_rank theorem contextual structure edits block transformer anatomy absorb "
-    "verification regression experiments.one_block figures plots.one_block widgets.page widgets.playground widgets.explorer",
+    "verification regression experiments.one_block experiments.alignment experiments.every_block "
+    "experiments.paper_scale experiments.__main__ figures plots.one_block plots.every_block widgets.page "
+    "widgets.playground widgets.explorer",
     "symbolic.notation symbolic.derivation symbolic.least_norm symbolic.any_size symbolic.solutions "
     "symbolic.skip_connection symbolic.attention symbolic.normalization symbolic.residual_block "
     "symbolic.every_position symbolic.stacked symbolic.alignment symbolic.hidden_units",

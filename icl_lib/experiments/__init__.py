@@ -1,5 +1,7 @@
 """The papers' figures as functions: settings in, tidy data out, no drawing."""
 
+from icl_lib.experiments.alignment import between_blocks, cosines, likeness, renumbered, within_block
+from icl_lib.experiments.every_block import BLOCK_COLUMNS, COLUMNS, EveryBlockSettings, measure, run
 from icl_lib.experiments.one_block import (
     ONE_BLOCK,
     TrainingCurves,
@@ -8,12 +10,27 @@ from icl_lib.experiments.one_block import (
     training_curves,
     validate,
 )
+from icl_lib.experiments.paper_scale import VARIED, figures, paper_settings, summarise
 
 __all__ = [
+    "BLOCK_COLUMNS",
+    "COLUMNS",
     "ONE_BLOCK",
+    "VARIED",
+    "EveryBlockSettings",
     "TrainingCurves",
+    "between_blocks",
+    "cosines",
+    "figures",
+    "likeness",
+    "measure",
+    "paper_settings",
     "relative_difference",
+    "renumbered",
+    "run",
     "run_edited",
+    "summarise",
     "training_curves",
     "validate",
+    "within_block",
 ]

@@ -1,4 +1,4 @@
-"""Figure 2 of Dherin et al.: a transformer of one block, trained, and validated with its prompts and with edited weights."""
+"""A transformer of one block in training, validated with prompts and with edited weights (Dherin et al., Figure 2)."""
 
 from __future__ import annotations
 

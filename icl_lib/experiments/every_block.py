@@ -1,0 +1,203 @@
+r"""Every block and position of a transformer in training: the experiments of Innocenti and Achour (arXiv 2512.11255).
+
+At each step fresh test prompts are answered in three ways: by the model that reads them (*experiment*), by its last
+block, edited, on the stream of the query alone (*theory*), and by the unedited model on the bare query (control).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icl_lib.absorb import Reading, block_patch, observe
+from icl_lib.anatomy import anatomy_of
+from icl_lib.experiments.alignment import likeness, within_block
+from icl_lib.low_rank import LowRank
+from icl_lib.regression import Diverged, Prompts, Trainer, TrainingSettings, mean_squared_error, sample_prompts
+from icl_lib.sweep import Checkpoint
+from icl_lib.theorem import alignment
+from icl_lib.transformer import Transformer, TransformerConfig
+from icl_lib.validation import require_size
+
+COLUMNS = {
+    "training": "loss on the step's training prompts",
+    "experiment": "test loss of the model that reads the prompts",
+    "theory": "test loss of its edited last block on the query's stream alone",
+    "bare": "test loss of the model on the bare query, without an edit; control",
+}
+"""What is measured once a step; a loss is half the mean squared error, as in the paper."""
+
+BLOCK_COLUMNS = {
+    "difference": "mean squared difference of the edited block's output from the block's with context, all positions",
+    "control": "the same without the edit",
+    "error": "largest relative error of the edited block over prompts and positions",
+    "frobenius": "Frobenius norm of the last position's update, mean over prompts",
+    "spectral": "its spectral norm",
+    "second": "second singular value of the sum of all positions' updates over the first; largest over prompts",
+    "likeness": "correlation of its table of alignments between positions with the first block's, mean over prompts",
+    "unlike": "the same with the first block's table for another prompt; control",
+    "across": "size of the cosine of the last position's update with the first block's, mean over prompts",
+    "renumbered": "the same with the hidden units of the block in another order, which changes nothing else",
+}
+"""What is measured once a step in each block."""
+
+ALIGNED_PROMPTS, ALIGNED_POSITIONS = 16, 51
+"""How many prompts, and how many positions at their end, the comparison of blocks takes: its tables are large."""
+
+
+@dataclass(frozen=True)
+class EveryBlockSettings:
+    """One training run; the defaults are those of the paper's Figure 1.
+
+    Attributes:
+        tasks: prompts in a step, each with a task of its own.
+        length: tokens in a prompt, the query included.
+        features: input features, $d_x$; a token has one more.
+        blocks: number of blocks.
+        heads: attention heads in a block; must divide ``features + 1``.
+        norm: ``none``, or ``pre`` for layer norm before each sublayer (Figure A.3).
+        steps: optimiser steps.
+        learning_rate: Adam's, constant.
+        seed: of the initial weights and of all prompts.
+        dtype: ``float32``, as in the paper, or ``float64``.
+        device: where it runs.
+    """
+
+    tasks: int = 128
+    length: int = 51
+    features: int = 2
+    blocks: int = 5
+    heads: int = 3
+    norm: str = "none"
+    steps: int = 100
+    learning_rate: float = 5e-2
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        require_size("length", self.length, least=2)
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype is {self.dtype!r}: choose 'float32' or 'float64'.")
+        self.config, self.training  # noqa: B018 (they check the other settings)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The model: causal, with skips, MLPs of two hidden layers four times as wide as a token."""
+        return TransformerConfig(
+            dim=self.features + 1, blocks=self.blocks, heads=self.heads, hidden_layers=2, norm=self.norm
+        )
+
+    @property
+    def training(self) -> TrainingSettings:
+        """How it is trained."""
+        return TrainingSettings(
+            steps=self.steps,
+            batch=self.tasks,
+            examples=self.length - 1,
+            features=self.features,
+            learning_rate=self.learning_rate,
+            schedule="constant",
+            seed=self.seed,
+            every=1,
+        )
+
+    def trainer(self) -> Trainer:
+        """The untrained model, ready to be trained."""
+        return Trainer(lambda: Transformer(self.config), self.training, getattr(torch, self.dtype), self.device)
+
+    def test_prompts(self, step: int) -> Prompts:
+        """Fresh prompts for each step."""
+        generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + step)
+        dtype = getattr(torch, self.dtype)
+        return sample_prompts(self.tasks, self.length - 1, self.features, generator, dtype, self.device)
+
+
+def measure(model: Transformer, prompts: Prompts) -> dict[str, Any]:
+    """Compare theory and experiment in every block and at every position, on a batch of prompts.
+
+    Returns :data:`COLUMNS` but for ``training`` as numbers, and :data:`BLOCK_COLUMNS` as lists, one entry a block.
+    """
+    anatomy = anatomy_of(model)
+    columns: dict[str, Any] = {name: [] for name in BLOCK_COLUMNS}
+    last: dict[str, Tensor] = {}
+    updates: list[LowRank] = []
+
+    def compare(reading: Reading) -> None:
+        edits = block_patch(reading, anatomy)
+        with edits.applied(reading.block, anatomy):
+            patched = reading.block(reading.fed)
+        final, total = edits.weight[:, -1], edits.weight.sum().dense()
+        singular = torch.linalg.svdvals(total)
+        distance = (patched - reading.output).norm(dim=-1) / reading.output.norm(dim=-1)
+        columns["difference"].append((patched - reading.output).square().mean().item())
+        columns["control"].append((reading.output_alone - reading.output).square().mean().item())
+        columns["error"].append(distance.max().item())
+        columns["frobenius"].append(final.norm().mean().item())
+        columns["spectral"].append(final.singular_values()[..., 0].mean().item())
+        columns["second"].append((singular[:, 1] / singular[:, 0]).max().item())
+        last["theory"] = patched
+        updates.append(edits.weight[:ALIGNED_PROMPTS, -ALIGNED_POSITIONS:])
+
+    context_length = prompts.sequence.shape[-2] - 1
+    output = observe(model, prompts.sequence, context_length, "query", 0, compare)
+    with torch.no_grad():
+        answers = {
+            "experiment": output[:, -1],
+            "theory": model.unembed(last["theory"][:, -1]),
+            "bare": model(prompts.sequence[:, -1:])[:, -1],
+        }
+    columns.update(_alignments(updates))
+    losses = {name: mean_squared_error(answer, prompts).item() / 2 for name, answer in answers.items()}
+    return {**losses, **columns}
+
+
+def _alignments(updates: list[LowRank]) -> dict[str, list[float]]:
+    """The columns that compare blocks, from their updates ``[prompts, positions, out, in]``."""
+    tables = [within_block(update) for update in updates]
+    final = [update[:, -1] for update in updates]
+    order = torch.randperm(final[0].shape[-2], generator=torch.Generator().manual_seed(0))
+    moved = [LowRank(update.left[..., order, :], update.right) for update in final]
+    return {
+        "likeness": [likeness(table, tables[0]).mean().item() for table in tables],
+        "unlike": [likeness(table, tables[0].roll(1, 0)).mean().item() for table in tables],
+        "across": [alignment(update, final[0]).abs().mean().item() for update in final],
+        "renumbered": [alignment(update, final[0]).abs().mean().item() for update in moved],
+    }
+
+
+def run(settings: EveryBlockSettings, checkpoint: Checkpoint | None = None, every: int = 10) -> dict[str, list]:
+    """Train a model and compare theory and experiment at every step, before that step is taken.
+
+    Args:
+        checkpoint: where to keep the state of a run that may be stopped; it goes on from there, bit for bit.
+        every: steps between two checkpoints.
+
+    Returns one list for each of :data:`COLUMNS` and :data:`BLOCK_COLUMNS`, with an entry for each step; None from where
+    training diverged, as it does now and then at the paper's learning rate.
+
+    >>> result = run(EveryBlockSettings(tasks=4, length=6, steps=2))
+    >>> len(result["theory"]), len(result["difference"]), len(result["difference"][0])
+    (2, 2, 5)
+    """
+    trainer = settings.trainer()
+    records: list[dict[str, Any]] = []
+    state = checkpoint.load() if checkpoint else None
+    if state:
+        trainer.load_state_dict(state["trainer"])
+        records = state["records"]
+    while trainer.step < settings.steps:
+        try:
+            trainer.loss()  # before the identity is measured: there is none between numbers that are not finite
+            record = measure(trainer.model, settings.test_prompts(trainer.step))
+            record["training"] = trainer.advance() / 2
+        except Diverged:
+            break
+        records.append(record)
+        if checkpoint and trainer.step % every == 0:
+            checkpoint.save({"trainer": trainer.state_dict(), "records": records})
+    missing = [None] * (settings.steps - len(records))
+    return {name: [record[name] for record in records] + missing for name in (*COLUMNS, *BLOCK_COLUMNS)}

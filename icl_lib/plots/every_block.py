@@ -1,0 +1,136 @@
+"""Pictures of every position and every block: the figures of Innocenti and Achour, and what stands beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from icl_lib.figures import COLOURS, Figure, figure
+
+SERIES = list(COLOURS.values())
+
+
+def losses(step: Sequence[int], experiment: Sequence[float], theory: Sequence[float], bare: Sequence[float]) -> Figure:
+    """Test loss over training, in experiment and by the theory, beside the unedited model on the bare query."""
+    with figure(width=4.6, height=3.7) as (fig, ax):
+        ax.plot(step, bare, color=COLOURS["grey"], linestyle="--", label="bare query, no edit")
+        ax.plot(step, experiment, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="experiment")
+        ax.plot(step, theory, color=COLOURS["blue"], label="theory")
+        ax.set(xlabel="training step", ylabel="test loss", yscale="log")
+        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", columnspacing=1)
+    return Figure(
+        fig,
+        f"Test loss over {len(step)} training steps. The experiment's curve goes from {experiment[0]:.2g} to "
+        f"{experiment[-1]:.2g}, and the theory's lies on it; the bare query without an edit ends at {bare[-1]:.2g}.",
+    )
+
+
+def differences(
+    step: Sequence[int], difference: Sequence[Sequence[float]], control: Sequence[Sequence[float]]
+) -> Figure:
+    """Mean squared difference of each edited block from the block with context, and of the unedited one, over training.
+
+    ``difference`` and ``control`` are ``[steps][blocks]``.
+    """
+    with figure(width=4.6, height=3.7) as (fig, ax):
+        for block, (values, without) in enumerate(zip(np.transpose(difference), np.transpose(control), strict=True)):
+            ax.plot(step, without, color=COLOURS["grey"], linestyle="--", label="no edit" if block == 0 else None)
+            ax.plot(step, values, color=SERIES[block], label=f"block {block + 1}")
+        ax.set(xlabel="training step", ylabel="mean squared difference", yscale="log")
+        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", columnspacing=1)
+    values, without = np.array(difference), np.array(control)
+    return Figure(
+        fig,
+        f"Mean squared difference over training, by block: between {values.min():.0e} and {values.max():.0e} with the "
+        f"edits, and between {without.min():.0e} and {without.max():.0e} without.",
+    )
+
+
+def norms(step: Sequence[int], frobenius: Sequence[Sequence[float]]) -> Figure:
+    """Size of the last position's update over training, block by block; ``frobenius`` is ``[steps][blocks]``."""
+    with figure(width=4.6, height=3.2) as (fig, ax):
+        for block, values in enumerate(np.transpose(frobenius)):
+            ax.plot(step, values, color=SERIES[block], label=f"block {block + 1}")
+        ax.set(xlabel="training step", ylabel="‖ΔW‖ at the query", ylim=(0, None))
+        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize="small", columnspacing=1)
+    ends = ", ".join(f"{value:.2g}" for value in frobenius[-1])
+    return Figure(fig, f"Norm of the query's update over training, by block. At the end: {ends}.")
+
+
+def alignments(table: Any, title: str) -> Figure:
+    """A table of cosines as a heat map, from −1 to 1; small ones with their numbers."""
+    table = np.asarray(table)
+    small = len(table) <= 8
+    with figure(width=3.4, height=3.1) as (fig, ax):
+        picture = ax.imshow(table, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+        what = "block" if small else "position"
+        ax.set(title=title, xlabel=what, ylabel=what)
+        ticks = range(len(table)) if small else range(9, len(table), 10)
+        ax.set_xticks(ticks, [str(tick + 1) for tick in ticks])
+        ax.set_yticks(ticks, [str(tick + 1) for tick in ticks])
+        if small:
+            for (i, j), value in np.ndenumerate(table):
+                colour = "#ffffff" if abs(value) > 0.6 else "#111111"
+                text = f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
+                ax.annotate(text, (j, i), ha="center", va="center", color=colour, fontsize="small")
+        fig.colorbar(picture, ax=ax, shrink=0.8)
+    off = table[~np.eye(len(table), dtype=bool)]
+    return Figure(
+        fig,
+        f"{title}: heat map of {len(table)} by {len(table)} cosines; off the diagonal they go from {off.min():.2f} to "
+        f"{off.max():.2f}.",
+    )
+
+
+def renumberings(values: Sequence[float], measured: float) -> Figure:
+    """The alignment of two blocks under many numberings of the hidden units, and under the one that training left."""
+    with figure(width=4.6, height=2.9) as (fig, ax):
+        ax.hist(values, bins=30, color=COLOURS["grey"], alpha=0.7)
+        ax.axvline(measured, color=COLOURS["vermillion"], linewidth=3)
+        ax.annotate("as trained", (measured, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
+        ax.set(xlabel="alignment of the two blocks’ updates", ylabel="renumberings")
+    below = np.mean(np.asarray(values) < measured)
+    return Figure(
+        fig,
+        f"Histogram of the alignment over {len(values)} renumberings of the hidden units, from {min(values):.2f} to "
+        f"{max(values):.2f}. As trained it is {measured:.2f}, larger than {below:.0%} of them.",
+    )
+
+
+def errors_by_block(errors: Mapping[str, Sequence[float]], control: Sequence[float], title: str) -> Figure:
+    """The largest error of each block in several precisions, and without the edits."""
+    with figure(width=4.6, height=3.5) as (fig, ax):
+        blocks = range(1, len(control) + 1)
+        ax.plot(blocks, control, "--o", color=COLOURS["grey"], markersize=4, label="no edit")
+        for (name, values), colour in zip(errors.items(), SERIES, strict=False):
+            ax.plot(blocks, values, "-o", color=colour, markersize=4, label=name)
+        ax.set(title=title, xlabel="block", ylabel="relative error", yscale="log", ylim=(1e-17, 10))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small")
+    said = "; ".join(f"{name} at most {max(values):.0e}" for name, values in errors.items())
+    return Figure(fig, f"{title}. Relative error by block: {said}; without the edits at least {min(control):.0e}.")
+
+
+def varied(runs: Sequence[Mapping[str, Any]], name: str, label: str) -> Figure:
+    """Test loss over training for several values of one setting: the median over seeds, shaded between quartiles.
+
+    ``runs`` come from :func:`icl_lib.experiments.paper_scale.summarise`.
+    """
+    with figure(width=3.3, height=3.1) as (fig, ax):
+        for run, colour in zip(runs, SERIES, strict=False):
+            steps = run["experiment"]["steps"]
+            low, median, high = (np.array(run["experiment"][part], dtype=float) for part in ("low", "median", "high"))
+            ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+            ax.plot(steps, median, color=colour, label=f"{run['settings'][name]}")
+            theory = np.array(run["theory"]["median"], dtype=float)[::10]
+            ax.plot(steps[::10], theory, "o", color=colour, markersize=4)
+        ax.set(title=label, xlabel="training step", ylabel="test loss", yscale="log")
+        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize="small", columnspacing=1)
+    ends = ", ".join(f"{run['settings'][name]}: {run['experiment']['median'][-1]:.2g}" for run in runs)
+    return Figure(
+        fig, f"{label}: test loss over training, median over seeds. At the end {ends}. The theory lies on it."
+    )
