@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,17 +57,16 @@ class BlockPatch:
         return next(iter(self.inner.values()))
 
     def at(self, positions: slice) -> BlockPatch:
-        """The edits at some of the positions."""
+        """The edits at some of the positions, as copies that do not keep the others in memory."""
         # A factor that all positions share has one entry there; it stays shared.
-        shared = {path: update.right.shape[-3] == 1 for path, update in self.inner.items()}
         inner = {
             path: LowRank(
-                update.left[..., positions, :, :],
-                update.right if shared[path] else update.right[..., positions, :, :],
+                update.left[..., positions, :, :].clone(),
+                update.right if update.right.shape[-3] == 1 else update.right[..., positions, :, :].clone(),
             )
             for path, update in self.inner.items()
         }
-        return BlockPatch(inner, None if self.outer is None else self.outer[..., positions, :])
+        return BlockPatch(inner, None if self.outer is None else self.outer[..., positions, :].clone())
 
     def each_alone(self) -> BlockPatch:
         """The same edits for positions that are run as sequences of one token: ``[*batch, positions, 1, …]``."""
@@ -117,9 +118,7 @@ class Patch:
         Reference ``query``: the tokens after the context, ``[*batch, m, dim]``. Reference ``self``: each token as a
         sequence of its own, ``[*batch, positions, 1, dim]``.
         """
-        if self.reference == "query":
-            return inputs[..., self.context_length :, :]
-        return inputs[..., self.first :, :].unsqueeze(-2)
+        return _bare(inputs, self.context_length, self.reference, self.first)
 
     def at_query(self) -> Patch:
         """The edits at the positions after the context alone."""
@@ -131,10 +130,10 @@ class Patch:
         """Inside the ``with``, ``model(patch.bare(inputs))`` answers what ``model(inputs)`` answers with the context.
 
         Nothing is copied, and the edits are never formed as matrices. The model is as it was afterwards, whatever
-        happens inside.
+        happens inside. It is the model itself that is patched: for other threads too, and in copies made inside.
 
-        Raises `ValueError` for a model with other places or sizes, and, inside, for inputs of another shape than the
-        patch was made for.
+        Raises `ValueError` for a model with other places or sizes (other weights of the same size are not noticed), for
+        one that is patched already, and, inside, for inputs of another shape than the patch was made for.
 
         >>> from icl_lib import Transformer, TransformerConfig
         >>> model = Transformer(TransformerConfig(dim=4, blocks=3, heads=2, norm="pre")).double()
@@ -227,27 +226,96 @@ def _merge(block: nn.Module, edits: BlockPatch, anatomy: Anatomy) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """What one block reads and answers, with the context and without it; made by :func:`observe`.
+class Observation:
+    """One block, as it has just run; made by :func:`observe`.
 
     Attributes:
-        index: which block.
         block: the block itself.
         fed: the stream it is fed without the context: of the query, or of each token alone.
-        stream, stream_alone: the stream after attention, $h$, with the context and from ``fed``.
-        read, read_alone: what the MLP reads, $z$, with the context and from ``fed``.
-        output, output_alone: what the block answers, with the context and from ``fed``.
+        edits: what the context did to it.
+        output, output_alone: what it answers, with the context and from ``fed``; ``[*batch, positions, width]``.
     """
 
-    index: int
     block: nn.Module
     fed: Tensor
-    stream: Tensor
-    stream_alone: Tensor
-    read: Tensor
-    read_alone: Tensor
+    edits: BlockPatch
     output: Tensor
     output_alone: Tensor
+
+    def patched(self, anatomy: Anatomy) -> Tensor:
+        """What the block answers from ``fed`` with its edits, ``[*batch, positions, width]``."""
+        each_alone = self.fed.ndim > self.output.ndim
+        with (self.edits.each_alone() if each_alone else self.edits).applied(self.block, anatomy):
+            answer = self.block(self.fed.clone())
+        return answer.squeeze(-2) if each_alone else answer
+
+
+class _Observer:
+    """Runs each block of a model a second time, without the context, as soon as it has run with it."""
+
+    def __init__(self, anatomy: Anatomy, without_context: Callable[[Tensor], Tensor], first: int) -> None:
+        self.anatomy, self.without_context, self.first = anatomy, without_context, first
+        self.seen: dict[str, Tensor] = {}
+        self.suffix: str | None = ""  # of the names under which readings are kept; None while nothing is read
+
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> None:
+        if self.suffix != "":
+            return
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            raise ValueError(
+                f"{where} is called with {len(args)} argument(s) and {sorted(kwargs)}: only blocks called as "
+                "block(stream) are covered, since without the context the other arguments would be other ones."
+            )
+        self.seen.clear()
+        # A block may write to its own input; what it was fed must survive that.
+        self.seen["fed"] = self.without_context(args[0]).clone()
+
+    def note(self, name: str, path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.suffix is None:
+                return
+            key = name + self.suffix
+            if not args or key in self.seen:
+                raise ValueError(f"{path} is called without a stream, or twice in a block: see icl_lib.anatomy.")
+            self.seen[key] = (args[0] if self.suffix else args[0][..., self.first :, :]).clone()
+
+        return hook
+
+    def after(self, block: nn.Module, output: Any, where: str) -> Observation:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"{where} returns a {type(output).__name__}: only blocks that return a stream are covered."
+            )
+        fed = self.seen["fed"]
+        self.suffix = ", alone"
+        output_alone = block(fed.clone())
+        self.suffix = None
+        for name, path in (("stream", self.anatomy.stream), ("read", self.anatomy.inner[0])):
+            if not {name, f"{name}, alone"} <= self.seen.keys():
+                raise ValueError(
+                    f"{where}.{path} is never called in the block: correct the entry with register_anatomy."
+                )
+        stream, read = self.seen.pop("stream"), self.seen.pop("read")
+        alone = [self.seen.pop("stream, alone"), self.seen.pop("read, alone"), output_alone]
+        if fed.ndim > output.ndim:  # each token was a sequence of its own
+            alone = [tensor.squeeze(-2) for tensor in alone]
+        edits = _edits(block, self.anatomy, where, stream, read, *alone[:2])
+        return Observation(block, fed, edits, output[..., self.first :, :], alone[2])
+
+
+def _edits(
+    block: nn.Module, anatomy: Anatomy, where: str, stream: Tensor, read: Tensor, stream_alone: Tensor, alone: Tensor
+) -> BlockPatch:
+    """The edits of one block from what it read."""
+    inner = {}
+    for path in anatomy.inner:
+        try:
+            inner[path] = weight_update(block.get_submodule(path).weight, alone, read)
+        except ValueError as error:
+            raise ValueError(
+                f"{where}.{path}: {error} (a_without is f, what the MLP reads without the context)"
+            ) from None
+    return BlockPatch(inner, bias_update(stream_alone, stream) if anatomy.outer else None)
 
 
 def observe(
@@ -256,59 +324,40 @@ def observe(
     context_length: int,
     reference: str,
     first: int,
-    visit: Callable[[Reading], None],
+    visit: Callable[[Observation], None],
 ) -> Tensor:
-    """Run the model on ``inputs`` once; as soon as a block has run, run it without the context and call ``visit``.
+    """Run the model on ``inputs`` once; as soon as a block has run, find its edits and call ``visit``.
 
     Nothing is kept from one block to the next. Returns the model's output.
+
+    Raises `ValueError` where the theorem does not apply or the anatomy does not fit, naming the block and the place.
     """
     anatomy = anatomy_of(model)
-    seen: dict[str, Tensor] = {}
-    alone = False
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda _, args: seen.update({name: args[0]})
+    def without_context(stream: Tensor) -> Tensor:
+        return _bare(stream, context_length, reference, first)
 
-    def after(index: int) -> Callable[..., None]:
-        def run_alone(block: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            nonlocal alone
-            if alone:
-                return
-            stream, read = seen["stream"], seen["read"]
-            alone = True
-            fed = args[0][..., context_length:, :] if reference == "query" else args[0][..., first:, :].unsqueeze(-2)
-            output_alone = block(fed)
-            with_context = (t[..., first:, :] for t in (stream, read, output))
-            without = [seen["stream"], seen["read"], output_alone]
-            if reference == "self":
-                without = [t.squeeze(-2) for t in without]
-            pairs = [t for pair in zip(with_context, without, strict=True) for t in pair]
-            visit(Reading(index, block, fed, *pairs))
-            alone = False
+    observer = _Observer(anatomy, without_context, first)
 
-        return run_alone
+    def after(block: nn.Module, _: tuple[Any, ...], output: Any, where: str) -> None:
+        if observer.suffix == "":
+            visit(observer.after(block, output, where))
+            observer.suffix = ""
 
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for index, block in enumerate(model.get_submodule(anatomy.blocks)):
+            where = f"{anatomy.blocks}[{index}]"
+            before = functools.partial(observer.before, where=where)
+            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
             for name, path in (("stream", anatomy.stream), ("read", anatomy.inner[0])):
-                hooks.callback(block.get_submodule(path).register_forward_pre_hook(note(name)).remove)
-            hooks.callback(block.register_forward_hook(after(index)).remove)
+                place = block.get_submodule(path)
+                hooks.callback(place.register_forward_pre_hook(observer.note(name, f"{where}.{path}")).remove)
+            hooks.callback(block.register_forward_hook(functools.partial(after, where=where)).remove)
         return model(inputs)
 
 
-def block_patch(reading: Reading, anatomy: Anatomy) -> BlockPatch:
-    """The edits of one block from what it read.
-
-    Raises `ValueError` where the theorem does not apply, naming the block and the linear map.
-    """
-    inner = {}
-    for path in anatomy.inner:
-        weight = reading.block.get_submodule(path).weight
-        try:
-            inner[path] = weight_update(weight, reading.read_alone, reading.read)
-        except ValueError as error:
-            raise ValueError(f"{anatomy.blocks}[{reading.index}].{path}: {error}") from None
-    return BlockPatch(inner, bias_update(reading.stream_alone, reading.stream) if anatomy.outer else None)
+def _bare(stream: Tensor, context_length: int, reference: str, first: int) -> Tensor:
+    return stream[..., context_length:, :] if reference == "query" else stream[..., first:, :].unsqueeze(-2)
 
 
 def check_absorb(model: Any, inputs: Any, context_length: Any, reference: Any, positions: Any) -> None:
@@ -319,7 +368,9 @@ def check_absorb(model: Any, inputs: Any, context_length: Any, reference: Any, p
     require_float("inputs", inputs, 2, "[*batch, n, dim]")
     require_finite("inputs", inputs, "look for the NaN or infinity where the inputs are made.")
     length = inputs.shape[-2]
-    if isinstance(context_length, bool) or not isinstance(context_length, int):
+    if not inputs.numel():
+        raise ValueError(f"inputs have shape {tuple(inputs.shape)}: there is no prompt in them.")
+    if isinstance(context_length, bool) or not isinstance(context_length, numbers.Integral):
         raise ValueError(f"context_length is {context_length!r}: give the number of tokens that the patch replaces.")
     if not 1 <= context_length < length:
         raise ValueError(
@@ -337,7 +388,9 @@ def check_absorb(model: Any, inputs: Any, context_length: Any, reference: Any, p
             f"positions='all' with {length - context_length} tokens after the context: only a single query can stand "
             f"in for every position. Give context_length={length - 1}, reference='self' or positions='query'."
         )
-    require_deterministic(model)
+    require_deterministic(model, "model")
+    if torch.is_autocast_enabled(inputs.device.type):
+        raise ValueError("autocast is on: the edits would be computed in mixed precisions. Leave autocast first.")
 
 
 def first_position(inputs: Tensor, context_length: int, reference: str, positions: str | None) -> int:
@@ -383,9 +436,6 @@ def absorb(
     torch.Size([128, 51, 12, 3])
     """
     first = first_position(inputs, context_length, reference, positions)
-    anatomy = anatomy_of(model)
     blocks: list[BlockPatch] = []
-    observe(
-        model, inputs, context_length, reference, first, lambda reading: blocks.append(block_patch(reading, anatomy))
-    )
-    return Patch(tuple(blocks), anatomy, reference, first, context_length)
+    observe(model, inputs, context_length, reference, first, lambda seen: blocks.append(seen.edits))
+    return Patch(tuple(blocks), anatomy_of(model), reference, first, context_length)

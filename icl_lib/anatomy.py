@@ -46,6 +46,14 @@ class Anatomy:
     inner: tuple[str, ...]
     outer: str | None
 
+    def __post_init__(self) -> None:
+        for name in ("blocks", "stream", "outer"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and not (name == "outer" and value is None):
+                raise ValueError(f"{name} is {value!r}: give a path, such as 'mlp.0'.")
+        if not isinstance(self.inner, tuple) or not self.inner or not all(isinstance(path, str) for path in self.inner):
+            raise ValueError(f"inner is {self.inner!r}: give a tuple of paths, such as ('mlp.0',).")
+
 
 _ENTRIES: dict[type, Anatomy | Callable[[Any], Anatomy]] = {}
 
@@ -65,7 +73,7 @@ def register_anatomy(model_type: Any, entry: Any) -> None:
     """
     if not (isinstance(model_type, type) and issubclass(model_type, nn.Module)):
         raise ValueError(f"model_type is {model_type!r}: give a class of models, such as type(model).")
-    if not (isinstance(entry, Anatomy) or callable(entry)):
+    if not isinstance(entry, Anatomy) and (isinstance(entry, type) or not callable(entry)):
         raise ValueError(f"entry is a {type(entry).__name__}: give an Anatomy or a function model -> Anatomy.")
     _ENTRIES[model_type] = entry
 
@@ -84,27 +92,45 @@ def anatomy_of(model: Any) -> Anatomy:
             f"model is a {name}, whose anatomy is unknown (known: {known}). {HOW_TO_REGISTER.format(name=name)}"
         )
     anatomy = entry if isinstance(entry, Anatomy) else entry(model)
+    if not isinstance(anatomy, Anatomy):
+        raise ValueError(
+            f"the entry of {type(model).__name__} gives a {type(anatomy).__name__}: it must be an Anatomy."
+        )
     _require_places(model, anatomy)
     return anatomy
 
 
 def _require_places(model: nn.Module, anatomy: Anatomy) -> None:
-    blocks = list(_place(model, type(model).__name__, anatomy.blocks))
-    if not blocks:
-        raise ValueError(f"the model's {anatomy.blocks!r} is empty: it must hold at least one block.")
-    if len({id(block) for block in blocks}) < len(blocks):
-        raise ValueError(
-            f"a block stands in {anatomy.blocks!r} more than once: give each place a copy of its own (copy.deepcopy)."
-        )
-    if not anatomy.inner:
-        raise ValueError("the anatomy's inner is empty: name the linear maps that read what the MLP reads.")
+    blocks = _place(model, type(model).__name__, anatomy.blocks)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
+        raise ValueError(f"the model's {anatomy.blocks!r} is no list of blocks: it must be a torch.nn.ModuleList.")
+    owners: dict[int, str] = {}
     for index, block in enumerate(blocks):
         where = f"{anatomy.blocks}[{index}]"
         _place(block, where, anatomy.stream)
         for path in (*anatomy.inner, *filter(None, [anatomy.outer])):
             linear = _place(block, where, path)
-            if not isinstance(linear, nn.Linear):
-                raise ValueError(f"{where}.{path} is a {type(linear).__name__}: it must be a torch.nn.Linear.")
+            _require_linear(linear, f"{where}.{path}")
+            if id(linear) in owners:
+                raise ValueError(
+                    f"{where}.{path} is the same module as {owners[id(linear)]}, and each needs edits of its own: give "
+                    "each place a copy (copy.deepcopy)."
+                )
+            owners[id(linear)] = f"{where}.{path}"
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            raise ValueError(f"model.{name} is compiled, and would not see the edits: take the model before compile().")
+
+
+def _require_linear(linear: Any, where: str) -> None:
+    """Require a map that answers $W z + b$ and nothing else: it is its weights that are edited."""
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise ValueError(f"{where} is a {type(linear).__name__}: it must be a plain torch.nn.Linear.")
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        raise ValueError(
+            f"{where} carries a forward hook, so it need not answer W z + b: leave the `with` block in which the model "
+            "is patched, or remove the hook."
+        )
 
 
 def _place(module: nn.Module, where: str, path: str) -> Any:

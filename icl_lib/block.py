@@ -102,7 +102,7 @@ def _check_implicit_update(block: Any, context: Any, query: Any, keep: Any) -> N
     _require_block(block)
     check_prompt(context, query)
     require_same_kind("block's weight", block.first_linear.weight, context=context)
-    require_deterministic(block)
+    require_deterministic(block, "block")
     if context.shape[-2] == 0:
         raise ValueError("context is empty: there is nothing to turn into weights. Give it at least one token.")
     _kept_indices(keep, context.shape[-2])

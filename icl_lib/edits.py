@@ -17,6 +17,12 @@ class BatchedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        batch = self.weight.shape[:-2] or self.bias.shape[:-1]
+        if inputs.shape[:-1] != batch:
+            raise ValueError(
+                f"this linear map holds its own weights for each of {tuple(batch)} and reads "
+                f"{tuple(inputs.shape[:-1])} vectors: give inputs of the shape that the edits were made for."
+            )
         outputs = (self.weight @ inputs.unsqueeze(-1)).squeeze(-1)
         return outputs if self.bias is None else outputs + self.bias
 

@@ -121,18 +121,20 @@ class LowRank:
             raise ValueError(f"other is {tuple(other.shape)} and this matrix {tuple(self.shape)}: sizes must agree.")
         return ((self.left.mT @ other.left) * (self.right.mT @ other.right)).sum(dim=(-2, -1))
 
-    def sum(self) -> LowRank:
-        """The sum over the last leading dimension, its terms' columns side by side.
+    def sum(self, dim: int) -> LowRank:
+        """The sum over one of the leading dimensions, counted as in the dense tensor: its terms' columns side by side.
 
         >>> terms = LowRank(torch.ones(5, 3, 1), torch.ones(1, 4, 1))
-        >>> total = terms.sum()
+        >>> total = terms.sum(dim=0)
         >>> total.shape, int(total.rank()), float(total.dense()[0, 0])
         (torch.Size([3, 4]), 1, 5.0)
         """
-        if not self.batch_shape:
-            raise ValueError(f"this LowRank is {tuple(self.shape)}: it has no leading dimension to sum over.")
+        leading = len(self.batch_shape)
+        place = dim + leading + 2 if dim < 0 else dim
+        if not 0 <= place < leading:
+            raise ValueError(f"dim is {dim}: this LowRank is {tuple(self.shape)}, with {leading} leading dimensions.")
         left, right = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
-        return LowRank(*(factor.movedim(-3, -1).flatten(-2) for factor in (left, right)))
+        return LowRank(*(factor.movedim(place, -1).flatten(-2) for factor in (left, right)))
 
     def singular_values(self) -> Float[Tensor, "*batch values"]:
         """The singular values that may differ from zero, largest first: at most as many as the factors have columns."""

@@ -9,6 +9,7 @@ Source: Garg et al. 2022 (arXiv 2208.01066); the setting of Dherin et al. (arXiv
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,9 +146,10 @@ class Trainer:
     >>> from icl_lib import TransformerConfig
     >>> settings = TrainingSettings(steps=2, batch=4, examples=5)
     >>> first, again = (Trainer(lambda: Transformer(TransformerConfig(dim=3)), settings) for _ in range(2))
-    >>> _ = first.advance()
-    >>> again.load_state_dict(first.state_dict())
-    >>> first.advance() == again.advance()
+    >>> _, state = first.advance(), first.state_dict()
+    >>> loss = first.advance()
+    >>> again.load_state_dict(state)
+    >>> again.advance() == loss
     True
     """
 
@@ -192,7 +194,8 @@ class Trainer:
         loss = self.loss()
         self._optimiser.zero_grad()
         self._loss.backward()
-        if not all(parameter.grad.isfinite().all() for parameter in self.model.parameters()):
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if not all(gradient.isfinite().all() for gradient in gradients):
             raise Diverged("gradient", self)
         self._optimiser.step()
         self._schedule.step()
@@ -203,13 +206,14 @@ class Trainer:
         """What :meth:`load_state_dict` takes to go on from here, bit for bit."""
         if self._loss is not None:
             raise ValueError("the coming step's prompts are drawn already: take the state right after advance().")
-        return {
+        state = {
             "step": self.step,
             "model": self.model.state_dict(),
             "optimiser": self._optimiser.state_dict(),
             "schedule": self._schedule.state_dict(),
             "prompts": self._prompts.get_state(),
         }
+        return copy.deepcopy(state)  # training goes on; what was saved must not
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where another trainer of the same settings was."""

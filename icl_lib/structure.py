@@ -40,15 +40,15 @@ def first_and_last_linear(mlp: nn.Module, output_bias: bool) -> tuple[str, str]:
         return _probed(mlp, list(widths), output_bias)
 
 
-def require_deterministic(module: nn.Module) -> None:
+def require_deterministic(module: nn.Module, argument: str) -> None:
     """Require that nothing in ``module`` is random or changes when it runs: dropout and batch norm in training mode."""
     for name, part in module.named_modules():
-        if part.training and isinstance(part, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
-            if getattr(part, "p", 1) == 0:
-                continue
+        rate = getattr(part, "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout", 0)
+        drops = isinstance(rate, float) and rate != 0
+        if part.training and (drops or isinstance(part, nn.modules.batchnorm._BatchNorm)):
             raise ValueError(
-                f"block.{name} is a {type(part).__name__} in training mode, which does something else each time it "
-                "runs: call block.eval() first."
+                f"{argument}.{name} is a {type(part).__name__} in training mode, which does something else each time "
+                f"it runs: call {argument}.eval() first."
             )
 
 

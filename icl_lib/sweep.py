@@ -61,7 +61,7 @@ class Checkpoint:
         return saved["state"]
 
     def save(self, state: dict) -> None:
-        """Replace the saved state at once: tensors, `state_dict`s, numbers, strings, and lists and dicts of these."""
+        """Replace the saved state at once: tensors, state dicts, numbers, strings, and lists and dicts of these."""
         content = io.BytesIO()
         torch.save({"name": self.path.name, "state": state}, content)
         try:

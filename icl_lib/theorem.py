@@ -56,7 +56,7 @@ def _check_weight_update(weight: Any, a_without: Any, a_with: Any) -> None:
     if bool(zero.any()):
         raise ValueError(
             f"a_without{place(zero)} is zero: the update divides by its squared norm, and no edit of the weights can "
-            "act on a zero input. Keep a token of the context (keep=[...]) or use a layer with A(x) ≠ 0."
+            "act on a zero input. Keep a token of the context, or let the layer before return something without it."
         )
 
 

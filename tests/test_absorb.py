@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from icl_lib import LowRank, Transformer, TransformerConfig, absorb
+from icl_lib import LowRank, Transformer, TransformerConfig, absorb, anatomy, verify
 
 RTOL = 1e-12
 
@@ -126,10 +126,10 @@ def test_updates_of_a_block_share_their_right_factor_and_their_sum_has_rank_one(
         stacked = edits.weight.dense().flatten(1, 2)
         assert torch.linalg.matrix_rank(stacked, rtol=1e-12).tolist() == [1] * 4
         assert torch.linalg.matrix_rank(edits.weight.dense().sum(1), rtol=1e-12).tolist() == [1] * 4
-        torch.testing.assert_close(edits.weight.sum().dense(), edits.weight.dense().sum(1), rtol=1e-12, atol=1e-12)
-        assert edits.weight.sum().rank().tolist() == [1] * 4
+        torch.testing.assert_close(edits.weight.sum(-3).dense(), edits.weight.dense().sum(1), rtol=1e-12, atol=1e-12)
+        assert edits.weight.sum(-3).rank().tolist() == [1] * 4
     own = absorb(model, inputs, 8, reference="self").blocks[0].weight  # control: each has its own right factor
-    assert (own.sum().rank() > 1).all()
+    assert (own.sum(-3).rank() > 1).all()
 
 
 def test_a_causal_model_leaves_the_first_token_nothing_to_replace():
@@ -249,6 +249,7 @@ GOOD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
         ({"inputs": GOOD[:, :5]}, r"sequence has shape \(6, 5\): this model reads"),
         ({"inputs": NAN}, r"inputs\[2, 3\] is nan"),
         ({"inputs": GOOD[:1]}, "inputs hold 1 token"),
+        ({"inputs": GOOD[None][:0]}, r"inputs have shape \(0, 6, 8\): there is no prompt"),
         ({"context_length": 0}, "context_length is 0 and inputs hold 6 tokens: at least one token must be replaced"),
         ({"context_length": 6}, "context_length is 6 .* give 1 … 5"),
         ({"context_length": -1}, "context_length is -1"),
@@ -270,6 +271,87 @@ def test_a_model_with_dropout_in_training_is_refused():
     model.blocks[0].norm_attention = nn.Dropout(0.5)
     with pytest.raises(ValueError, match="eval"):
         absorb(model.train(), GOOD, 5)
+
+
+def test_functional_dropout_in_training_is_refused():
+    model = lively()
+    model.blocks[1].attention.extra = nn.MultiheadAttention(8, 2, dropout=0.5)
+    with pytest.raises(ValueError, match=r"model.blocks.1.attention.extra is a MultiheadAttention in training mode"):
+        absorb(model.train(), GOOD, 5)
+
+
+def test_autocast_is_refused():
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast is on"):
+        absorb(lively(), GOOD, 5)
+
+
+def test_a_patched_model_is_not_patched_again():
+    model = lively()
+    patch = absorb(model, GOOD, 5)
+    with patch.applied(model):
+        for again in (
+            lambda: patch.applied(model).__enter__(),
+            lambda: patch.merged(model),
+            lambda: absorb(model, GOOD, 5),
+        ):
+            with pytest.raises(ValueError, match=r"carries a forward hook.*leave the `with` block"):
+                again()
+        assert relative(model(GOOD[5:]), patch.merged(lively_copy(model))(GOOD[5:])) < RTOL
+
+
+def lively_copy(patched):
+    """The model that was patched, from its weights."""
+    fresh = Transformer(patched.config).double()
+    fresh.load_state_dict(patched.state_dict())
+    return fresh
+
+
+def test_a_merged_model_refuses_what_its_edits_were_not_made_for():
+    model, inputs = lively(), torch.randn(2, 6, 8).double()
+    edited = absorb(model, inputs, 5).merged(model)
+    for wrong in (inputs, inputs[:1, 5:], inputs[0]):
+        with pytest.raises(ValueError, match=r"its own weights for each of \(2, 1\) and reads"):
+            edited(wrong)
+
+
+def test_edits_of_the_query_do_not_keep_the_others_in_memory():
+    patch = absorb(lively(), torch.randn(4, 50, 8).double(), 49)
+    for edits in patch.at_query().blocks:
+        assert edits.weight.left.untyped_storage().nbytes() == 4 * 32 * 8
+        assert edits.outer.untyped_storage().nbytes() == 4 * 8 * 8
+
+
+class InPlace(nn.Module):
+    """A block that writes to its own input and stream."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.mlp = block, block.mlp
+
+    def forward(self, stream):
+        stream += self.block.attention.at_every_position(stream.clone(), causal=True)
+        return stream + self.mlp(stream)
+
+
+def test_blocks_that_write_to_their_input(monkeypatch):
+    monkeypatch.setattr(anatomy, "_ENTRIES", dict(anatomy._ENTRIES))
+    plain = lively(blocks=2)
+    model = nn.Sequential(*(InPlace(block) for block in plain.blocks))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = model
+
+        def forward(self, tokens):
+            return self.blocks(tokens.clone())
+
+    anatomy.register_anatomy(Model, anatomy.Anatomy("blocks", "mlp", ("mlp.0",), "mlp.4"))
+    inputs = torch.randn(2, 6, 8).double()
+    for reference in ("query", "self"):
+        report = verify(Model(), inputs, 3, reference, positions="query")
+        assert report.holds, report
+        assert report.output_control > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -310,6 +392,8 @@ def test_positions_after_the_context_alone():
 
 def test_sum_is_that_of_the_dense_matrices():
     update = LowRank(torch.randn(2, 5, 4, 2).double(), torch.randn(2, 1, 3, 2).double())
-    torch.testing.assert_close(update.sum().dense(), update.dense().sum(1), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="no leading dimension"):
-        update[0, 0].sum()
+    for dim in (0, 1, -3, -4):
+        torch.testing.assert_close(update.sum(dim).dense(), update.dense().sum(dim), rtol=1e-12, atol=1e-12)
+    for dim in (2, -1, -2, -5):
+        with pytest.raises(ValueError, match=rf"dim is {dim}: .* 2 leading dimensions"):
+            update.sum(dim)

@@ -1,6 +1,7 @@
 """Where models keep their parts: known classes, registered ones, and entries that do not fit."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -81,8 +82,12 @@ def test_subclasses_are_covered():
     [
         (Anatomy("blocks", "norm", ("up",), "down"), "Stack has no 'blocks'"),
         (Anatomy("layers", "norm2", ("up",), "down"), r"layers\[0\] has no 'norm2'"),
-        (Anatomy("layers", "norm", (), "down"), "inner is empty"),
-        (Anatomy("layers", "norm", ("norm",), "down"), r"layers\[0\]\.norm is a RMSNorm: it must be a torch.nn.Linear"),
+        (Anatomy("layers.0.norm", "norm", ("up",), "down"), "'layers.0.norm' is no list of blocks"),
+        (lambda model: None, "the entry of Stack gives a NoneType"),
+        (
+            Anatomy("layers", "norm", ("norm",), "down"),
+            r"layers\[0\]\.norm is a RMSNorm: it must be a plain torch.nn.Linear",
+        ),
     ],
 )
 def test_an_entry_that_does_not_fit_is_named(entry, says):
@@ -91,16 +96,106 @@ def test_an_entry_that_does_not_fit_is_named(entry, says):
         anatomy_of(Stack())
 
 
-def test_a_shared_block_is_refused():
+@pytest.mark.parametrize("shared", ["block", "mlp", "linear"])
+def test_shared_parts_are_refused(shared):
     model = Transformer(TransformerConfig(dim=4, blocks=2))
-    model.blocks[1] = model.blocks[0]
-    with pytest.raises(ValueError, match="more than once"):
+    first, second = model.blocks
+    if shared == "block":
+        model.blocks[1] = first
+    elif shared == "mlp":
+        second.mlp = first.mlp
+    else:
+        second.mlp[2] = first.mlp[2]
+    with pytest.raises(ValueError, match=r"blocks\[1\]\.mlp\.[02] is the same module as blocks\[0\]\.mlp\.[02]"):
         anatomy_of(model)
     model.blocks[1] = copy.deepcopy(model.blocks[0])
     assert anatomy_of(model).blocks == "blocks"
 
 
-@pytest.mark.parametrize(("model_type", "entry"), [(Stack(), ENTRY), (int, ENTRY), (Stack, "layers")])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"blocks": ""}, "blocks is ''"),
+        ({"inner": ()}, r"inner is \(\)"),
+        ({"outer": ""}, "outer is ''"),
+    ],
+)
+def test_bad_entries_are_named(change, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(ENTRY, **change)
+
+
+class Doubling(nn.Linear):
+    def forward(self, read):
+        return 2 * super().forward(read)
+
+
+def test_maps_that_do_more_than_their_weights_are_refused():
+    register_anatomy(Stack, ENTRY)
+    model = Stack()
+    hook = model.layers[1].down.register_forward_hook(lambda module, args, answer: 0.5 * answer)
+    with pytest.raises(ValueError, match=r"layers\[1\]\.down carries a forward hook"):
+        anatomy_of(model)
+    hook.remove()
+    assert anatomy_of(model) == ENTRY
+    model.layers[1].down = Doubling(18, 6)
+    with pytest.raises(ValueError, match=r"layers\[1\]\.down is a Doubling: it must be a plain torch.nn.Linear"):
+        anatomy_of(model)
+
+
+def test_a_compiled_model_is_refused():
+    register_anatomy(Stack, ENTRY)
+    model = Stack()
+    model.layers[0].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"model.layers.0 is compiled"):
+        anatomy_of(model)
+
+
+class WithMask(Gated):
+    def forward(self, stream, mask=None):
+        return super().forward(stream)
+
+
+class Functional(Gated):
+    def forward(self, stream):
+        z = self.norm(stream)
+        return stream + self.down(torch.sigmoid(nn.functional.linear(z, self.gate.weight)) * self.up(z))
+
+
+class Pair(Gated):
+    def forward(self, stream):
+        return super().forward(stream), None
+
+
+class Twice(Gated):
+    def forward(self, stream):
+        return super().forward(super().forward(stream))
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "says"),
+    [
+        (WithMask, lambda layer, tokens: layer(tokens, mask=None), r"layers\[1\] is called with 1 .*\['mask'\]"),
+        (Functional, None, r"layers\[1\]\.gate is never called"),
+        (Pair, lambda layer, tokens: layer(tokens)[0], r"layers\[1\] returns a tuple"),
+        (Twice, None, r"layers\[1\]\.norm is called without a stream, or twice"),
+    ],
+)
+def test_blocks_of_another_form_are_refused(kind, call, says):
+    class Model(Stack):
+        def forward(self, tokens):
+            for layer in self.layers:
+                tokens = call(layer, tokens) if call and isinstance(layer, kind) else layer(tokens)
+            return tokens
+
+    register_anatomy(Model, ENTRY)
+    model = Model().double()
+    model.layers[1] = kind(6).double()
+    with pytest.raises(ValueError, match=says):
+        absorb(model, torch.randn(5, 6).double(), 4)
+
+
+@pytest.mark.parametrize(("model_type", "entry"), [(Stack(), ENTRY), (int, ENTRY), (Stack, "layers"), (Stack, Anatomy)])
 def test_bad_registrations_are_named(model_type, entry):
-    with pytest.raises(ValueError, match=r"model_type is|entry is a str"):
+    with pytest.raises(ValueError, match=r"model_type is|entry is a (str|type)"):
         register_anatomy(model_type, entry)

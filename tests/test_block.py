@@ -161,7 +161,10 @@ CONTEXT, QUERY = prompt((2,))
         ({"context": CONTEXT[..., :4], "query": QUERY[..., :4]}, "query has 4 features and this layer reads 6"),
         ({"context": CONTEXT.index_fill(1, torch.tensor(2), float("nan"))}, r"a_with\[0, 0\] is nan"),
         ({"query": QUERY * float("inf")}, "a_without.* is nan"),
-        ({"block": ContextualBlock(ZeroWithoutContext(), nn.Linear(6, 6)).double()}, r"a_without\[0\] is zero.*keep="),
+        (
+            {"block": ContextualBlock(ZeroWithoutContext(), nn.Linear(6, 6)).double()},
+            r"a_without\[0\] is zero.*Keep a token",
+        ),
         ({"context": "c_1 c_2"}, "context is a str"),
         ({"keep": [torch.tensor(2), torch.tensor(2)]}, "keep names a token twice"),
         ({"keep": np.array([True, False])}, r"keep\[0\] is True"),

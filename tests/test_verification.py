@@ -1,13 +1,19 @@
 """The report: every block and position, each error beside its control, in every precision."""
 
+import contextlib
+import copy
 import itertools
 import json
+import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from test_absorb import lively
 
-from icl_lib import Report, absorb, verification, verify
+from icl_lib import Report, absorb, verify
+from icl_lib.anatomy import anatomy_of
 
 OPTIONS = list(itertools.product([False, True], ["none", "pre", "post"], [False, True], ["query", "self"]))
 
@@ -43,24 +49,24 @@ def test_errors_are_those_of_a_merged_copy():
     assert report.output_control == pytest.approx(control, rel=1e-12)
 
 
+@contextlib.contextmanager
+def wrong_by(factor, monkeypatch):
+    """Inside, every ΔW is multiplied by a factor."""
+    module = sys.modules["icl_lib.absorb"]
+    right = module.weight_update
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "weight_update", lambda *arguments: factor * right(*arguments))
+        yield
+
+
 def test_a_wrong_edit_is_reported(monkeypatch):
     """The check can fail: with an epsilon in the denominator, or the sign reversed, it does."""
     model, inputs = lively(), torch.randn(2, 6, 8).double()
-    right = verification.block_patch
-
-    def scaled(factor):
-        def wrong(reading, anatomy):
-            edits = right(reading, anatomy)
-            return type(edits)({path: factor * update for path, update in edits.inner.items()}, edits.outer)
-
-        return wrong
-
     for factor in (1 + 1e-8, 0.0, -1.0):
-        monkeypatch.setattr(verification, "block_patch", scaled(factor))
-        report = verify(model, inputs, 5)
+        with wrong_by(factor, monkeypatch):
+            report = verify(model, inputs, 5)
         assert not report.holds
         assert report.max_error > 1e-10
-    monkeypatch.setattr(verification, "block_patch", right)
     assert verify(model, inputs, 5).holds
 
 
@@ -70,13 +76,13 @@ def test_the_report_prints_and_travels():
     assert "Transformer, 3 blocks, 6 positions, 2 prompts, float64 on cpu, reference: query" in text
     assert "The identity holds to 1e-12" in text
     assert len([line for line in text.splitlines() if line.lstrip()[:1] in "123"]) >= 3
-    assert report._repr_html_().startswith('<div class="icl-report">')
+    assert report._repr_html_().startswith('<div class="icl-report"')
     assert report._repr_html_().count("<tr>") == 4
     data = json.loads(report.to_json())
     assert data == report.to_dict()
     assert data["holds"] is True
     assert [len(block) for block in data["error"]] == [6] * 3
-    fields = {name: value for name, value in data.items() if name not in ("max_error", "holds")}
+    fields = {name: value for name, value in data.items() if name not in ("max_error", "holds", "tested")}
     assert Report(**fields) == report
 
 
@@ -95,11 +101,55 @@ def test_a_prompt_without_batch_dimensions():
     assert "6 positions, 1 prompt," in str(report)
 
 
-def test_half_precision():
+def test_half_precision(monkeypatch):
     model, inputs = lively(), torch.randn(2, 6, 8)
-    report = verify(model.bfloat16(), inputs.bfloat16(), 5)
+    for dtype in (torch.bfloat16, torch.float16):
+        half, prompt = copy.deepcopy(model).to(dtype), inputs.to(dtype)
+        report = verify(half, prompt, 5)
+        assert report.holds
+        assert report.tested > 0.9
+        assert report.max_error > torch.finfo(dtype).eps / 10  # it cannot be better than its digits
+        with wrong_by(0.8, monkeypatch):
+            assert not verify(half, prompt, 5).holds
+
+
+def test_half_precision_does_not_overflow_into_agreement(monkeypatch):
+    model, inputs = lively(dim=64, norm="none").half(), 1.2e4 * torch.randn(2, 6, 64).half()
+    with wrong_by(-1.0, monkeypatch):
+        assert not verify(model, inputs, 5).holds
+
+
+@pytest.mark.parametrize("place", [0, 3, -1])
+def test_what_is_not_a_number_does_not_hold(place):
+    report = verify(lively(), torch.randn(6, 8).double(), 5)
+    error = [list(block) for block in report.error]
+    error[1][place] = math.nan
+    broken = replace(report, error=error)
+    assert (broken.holds, broken.max_error) == (False, math.inf)
+    assert broken.rows()[1]["at position"] == place % 6 + 1
+    assert json.loads(broken.to_json())["error"][1][place] is None
+    assert not replace(report, output_error=math.nan).holds
+
+
+def test_a_model_whose_output_overflows_does_not_hold():
+    model = lively().float()
+    with torch.no_grad():
+        model.blocks[-1].mlp[-1].weight.fill_(3e38)
+    report = verify(model, torch.randn(6, 8), 5)
+    assert not report.holds
+    assert "FAILS" in str(report)
+
+
+def test_a_check_that_tests_nothing_says_so():
+    model = lively()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.output.weight.zero_()
+    report = verify(model, torch.randn(6, 8).double(), 5, reference="self")
     assert report.holds
-    assert report.max_error > 1e-4  # eight bits of mantissa: it cannot be better
+    assert report.tested == 0
+    assert "Nothing was tested" in str(report)
+    assert verify(lively(), torch.randn(6, 8).double(), 5).tested == 1
 
 
 def test_mean_squared_difference():
@@ -107,7 +157,7 @@ def test_mean_squared_difference():
     report = verify(model, inputs, 5)
     stream = inputs
     for index, (block, edits) in enumerate(zip(model.blocks, absorb(model, inputs, 5).blocks, strict=True)):
-        with edits.applied(block, absorb(model, inputs, 5).anatomy):
+        with edits.applied(block, anatomy_of(model)):
             patched = block(stream[:, -1:])
         stream = block(stream)
         assert report.mean_squared_difference[index] == pytest.approx((patched - stream).square().mean().item())
@@ -118,6 +168,7 @@ def test_mean_squared_difference():
     [
         ({"tolerance": 0}, "tolerance is 0"),
         ({"tolerance": "tight"}, "tolerance is 'tight'"),
+        ({"tolerance": True}, "tolerance is True"),
         ({"context_length": 0}, "context_length is 0"),
     ],
 )

@@ -1,7 +1,13 @@
 """The papers' figures as functions: settings in, tidy data out, no drawing."""
 
 from icl_lib.experiments.alignment import between_blocks, cosines, likeness, renumbered, within_block
-from icl_lib.experiments.every_block import BLOCK_COLUMNS, COLUMNS, EveryBlockSettings, measure, run
+from icl_lib.experiments.every_block import (
+    BLOCK_COLUMNS,
+    COLUMNS,
+    EveryBlockSettings,
+    measure_every_block,
+    run_every_block,
+)
 from icl_lib.experiments.one_block import (
     ONE_BLOCK,
     TrainingCurves,
@@ -10,7 +16,7 @@ from icl_lib.experiments.one_block import (
     training_curves,
     validate,
 )
-from icl_lib.experiments.paper_scale import VARIED, figures, paper_settings, summarise
+from icl_lib.experiments.paper_scale import VARIED, paper_settings, summarise, write_figures
 
 __all__ = [
     "BLOCK_COLUMNS",
@@ -21,16 +27,16 @@ __all__ = [
     "TrainingCurves",
     "between_blocks",
     "cosines",
-    "figures",
     "likeness",
-    "measure",
+    "measure_every_block",
     "paper_settings",
     "relative_difference",
     "renumbered",
-    "run",
     "run_edited",
+    "run_every_block",
     "summarise",
     "training_curves",
     "validate",
     "within_block",
+    "write_figures",
 ]

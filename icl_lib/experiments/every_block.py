@@ -1,7 +1,8 @@
 r"""Every block and position of a transformer in training: the experiments of Innocenti and Achour (arXiv 2512.11255).
 
-At each step fresh test prompts are answered in three ways: by the model that reads them (*experiment*), by its last
-block, edited, on the stream of the query alone (*theory*), and by the unedited model on the bare query (control).
+At each step fresh test prompts are answered in several ways: by the model that reads them (*experiment*), by its last
+block, edited, on the stream of the query alone (*theory*, as in the paper), by the model with all its blocks edited on
+the bare query (*patched*), and, as controls, by both of the latter without their edits.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icl_lib.absorb import Reading, block_patch, observe
+from icl_lib.absorb import BlockPatch, Observation, Patch, observe
 from icl_lib.anatomy import anatomy_of
-from icl_lib.experiments.alignment import likeness, within_block
+from icl_lib.experiments.alignment import cosines, likeness, within_block
 from icl_lib.low_rank import LowRank
 from icl_lib.regression import Diverged, Prompts, Trainer, TrainingSettings, mean_squared_error, sample_prompts
 from icl_lib.sweep import Checkpoint
@@ -26,7 +27,9 @@ COLUMNS = {
     "training": "loss on the step's training prompts",
     "experiment": "test loss of the model that reads the prompts",
     "theory": "test loss of its edited last block on the query's stream alone",
-    "bare": "test loss of the model on the bare query, without an edit; control",
+    "unedited": "the same without the edit; control",
+    "patched": "test loss of the model on the bare query, with the query's edits in all blocks",
+    "bare": "the same without the edits; control",
 }
 """What is measured once a step; a loss is half the mean squared error, as in the paper."""
 
@@ -39,13 +42,14 @@ BLOCK_COLUMNS = {
     "second": "second singular value of the sum of all positions' updates over the first; largest over prompts",
     "likeness": "correlation of its table of alignments between positions with the first block's, mean over prompts",
     "unlike": "the same with the first block's table for another prompt; control",
+    "tokens": "the same with the table of the tokens themselves, cos(c_i − x, c_j − x), without any network; control",
     "across": "size of the cosine of the last position's update with the first block's, mean over prompts",
-    "renumbered": "the same with the hidden units of the block in another order, which changes nothing else",
+    "renumbered": "the same, averaged over numberings of the block's hidden units, which change nothing else; control",
 }
 """What is measured once a step in each block."""
 
-ALIGNED_PROMPTS, ALIGNED_POSITIONS = 16, 51
-"""How many prompts, and how many positions at their end, the comparison of blocks takes: its tables are large."""
+ALIGNED_PROMPTS, ALIGNED_POSITIONS, NUMBERINGS = 16, 51, 20
+"""How many prompts, and positions at their end, the comparison of blocks takes: its tables are large."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +83,15 @@ class EveryBlockSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        require_size("length", self.length, least=2)
+        require_size("tasks", self.tasks, least=2)  # controls swap a prompt with another
+        require_size("length", self.length, least=4)  # a table of positions, and more than one pair of them
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is {self.dtype!r}: choose 'float32' or 'float64'.")
         self.config, self.training  # noqa: B018 (they check the other settings)
 
     @property
     def config(self) -> TransformerConfig:
-        """The model: causal, with skips, MLPs of two hidden layers four times as wide as a token."""
+        """A causal model with skips, and MLPs of two hidden layers four times as wide as a token."""
         return TransformerConfig(
             dim=self.features + 1, blocks=self.blocks, heads=self.heads, hidden_layers=2, norm=self.norm
         )
@@ -116,70 +121,76 @@ class EveryBlockSettings:
         return sample_prompts(self.tasks, self.length - 1, self.features, generator, dtype, self.device)
 
 
-def measure(model: Transformer, prompts: Prompts) -> dict[str, Any]:
+def measure_every_block(model: Transformer, prompts: Prompts) -> dict[str, Any]:
     """Compare theory and experiment in every block and at every position, on a batch of prompts.
 
-    Returns :data:`COLUMNS` but for ``training`` as numbers, and :data:`BLOCK_COLUMNS` as lists, one entry a block.
+    Returns ``COLUMNS`` but for ``training`` as numbers, and ``BLOCK_COLUMNS`` as lists, one entry a block.
     """
     anatomy = anatomy_of(model)
     columns: dict[str, Any] = {name: [] for name in BLOCK_COLUMNS}
-    last: dict[str, Tensor] = {}
-    updates: list[LowRank] = []
+    answers: dict[str, Tensor] = {}
+    edited: list[BlockPatch] = []
 
-    def compare(reading: Reading) -> None:
-        edits = block_patch(reading, anatomy)
-        with edits.applied(reading.block, anatomy):
-            patched = reading.block(reading.fed)
-        final, total = edits.weight[:, -1], edits.weight.sum().dense()
+    def compare(seen: Observation) -> None:
+        edits, patched = seen.edits, seen.patched(anatomy)
+        final, total = edits.weight[:, -1], edits.weight.sum(-3).dense()
         singular = torch.linalg.svdvals(total)
-        distance = (patched - reading.output).norm(dim=-1) / reading.output.norm(dim=-1)
-        columns["difference"].append((patched - reading.output).square().mean().item())
-        columns["control"].append((reading.output_alone - reading.output).square().mean().item())
+        distance = (patched - seen.output).norm(dim=-1) / seen.output.norm(dim=-1)
+        columns["difference"].append((patched - seen.output).square().mean().item())
+        columns["control"].append((seen.output_alone - seen.output).square().mean().item())
         columns["error"].append(distance.max().item())
         columns["frobenius"].append(final.norm().mean().item())
         columns["spectral"].append(final.singular_values()[..., 0].mean().item())
         columns["second"].append((singular[:, 1] / singular[:, 0]).max().item())
-        last["theory"] = patched
-        updates.append(edits.weight[:ALIGNED_PROMPTS, -ALIGNED_POSITIONS:])
+        answers.update(theory=model.unembed(patched[:, -1]), unedited=model.unembed(seen.output_alone[:, -1]))
+        edited.append(edits.at(slice(-ALIGNED_POSITIONS, None)))
 
-    context_length = prompts.sequence.shape[-2] - 1
-    output = observe(model, prompts.sequence, context_length, "query", 0, compare)
+    bare, context_length = prompts.sequence[:, -1:], prompts.sequence.shape[-2] - 1
+    answers["experiment"] = observe(model, prompts.sequence, context_length, "query", 0, compare)[:, -1]
+    query = Patch(
+        tuple(edits.at(slice(-1, None)) for edits in edited), anatomy, "query", context_length, context_length
+    )
     with torch.no_grad():
-        answers = {
-            "experiment": output[:, -1],
-            "theory": model.unembed(last["theory"][:, -1]),
-            "bare": model(prompts.sequence[:, -1:])[:, -1],
-        }
-    columns.update(_alignments(updates))
+        answers["bare"] = model(bare)[:, -1]
+        with query.applied(model):
+            answers["patched"] = model(bare)[:, -1]
+    tokens = prompts.sequence[:ALIGNED_PROMPTS, -ALIGNED_POSITIONS:]
+    columns.update(_alignments([edits.weight[:ALIGNED_PROMPTS] for edits in edited], tokens))
     losses = {name: mean_squared_error(answer, prompts).item() / 2 for name, answer in answers.items()}
     return {**losses, **columns}
 
 
-def _alignments(updates: list[LowRank]) -> dict[str, list[float]]:
+def _alignments(updates: list[LowRank], tokens: Tensor) -> dict[str, list[float]]:
     """The columns that compare blocks, from their updates ``[prompts, positions, out, in]``."""
     tables = [within_block(update) for update in updates]
+    # The query's own difference from itself is zero and has no direction; the tables are compared without it.
+    of_tokens = cosines((tokens - tokens[:, -1:])[:, :-1])
     final = [update[:, -1] for update in updates]
-    order = torch.randperm(final[0].shape[-2], generator=torch.Generator().manual_seed(0))
-    moved = [LowRank(update.left[..., order, :], update.right) for update in final]
+    generator = torch.Generator().manual_seed(0)
+    orders = torch.stack([torch.randperm(final[0].shape[-2], generator=generator) for _ in range(NUMBERINGS)])
+    moved = [LowRank(update.left[:, orders], update.right[:, None]) for update in final]
     return {
         "likeness": [likeness(table, tables[0]).mean().item() for table in tables],
         "unlike": [likeness(table, tables[0].roll(1, 0)).mean().item() for table in tables],
+        "tokens": [likeness(table[:, :-1, :-1], of_tokens).mean().item() for table in tables],
         "across": [alignment(update, final[0]).abs().mean().item() for update in final],
-        "renumbered": [alignment(update, final[0]).abs().mean().item() for update in moved],
+        "renumbered": [alignment(update, final[0][:, None]).abs().mean().item() for update in moved],
     }
 
 
-def run(settings: EveryBlockSettings, checkpoint: Checkpoint | None = None, every: int = 10) -> dict[str, list]:
+def run_every_block(
+    settings: EveryBlockSettings, checkpoint: Checkpoint | None = None, every: int = 10
+) -> dict[str, list]:
     """Train a model and compare theory and experiment at every step, before that step is taken.
 
     Args:
         checkpoint: where to keep the state of a run that may be stopped; it goes on from there, bit for bit.
         every: steps between two checkpoints.
 
-    Returns one list for each of :data:`COLUMNS` and :data:`BLOCK_COLUMNS`, with an entry for each step; None from where
-    training diverged, as it does now and then at the paper's learning rate.
+    Returns one list for each of ``COLUMNS`` and ``BLOCK_COLUMNS``, with an entry a step; None from where training
+    diverged, as it does now and then at the paper's learning rate.
 
-    >>> result = run(EveryBlockSettings(tasks=4, length=6, steps=2))
+    >>> result = run_every_block(EveryBlockSettings(tasks=4, length=6, steps=2))
     >>> len(result["theory"]), len(result["difference"]), len(result["difference"][0])
     (2, 2, 5)
     """
@@ -192,7 +203,7 @@ def run(settings: EveryBlockSettings, checkpoint: Checkpoint | None = None, ever
     while trainer.step < settings.steps:
         try:
             trainer.loss()  # before the identity is measured: there is none between numbers that are not finite
-            record = measure(trainer.model, settings.test_prompts(trainer.step))
+            record = measure_every_block(trainer.model, settings.test_prompts(trainer.step))
             record["training"] = trainer.advance() / 2
         except Diverged:
             break

@@ -1,7 +1,7 @@
 r"""All runs behind the figures of Innocenti and Achour, over several seeds, and their summary for the book.
 
 A run is kept as soon as it is done, so a stopped sweep goes on where it was; see :mod:`icl_lib.sweep`. The summary is
-small: means and standard errors over seeds, with the settings and versions that made them.
+small: medians and quartiles over seeds, with the settings and versions that made them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from icl_lib.experiments.every_block import BLOCK_COLUMNS, COLUMNS, EveryBlockSettings, run
+from icl_lib.experiments.every_block import BLOCK_COLUMNS, COLUMNS, EveryBlockSettings, run_every_block
 from icl_lib.sweep import sweep
 from icl_lib.validation import require_size
 
@@ -97,7 +97,7 @@ def _rounded(values: Any) -> Any:
     return float(f"{values:.4g}") if np.isfinite(values) else None
 
 
-def figures(
+def write_figures(
     folder: str | Path,
     summary: str | Path,
     settings: Sequence[EveryBlockSettings],
@@ -112,7 +112,7 @@ def figures(
         summary: the file for the book.
         settings, workers, dask, progress: as for :func:`icl_lib.sweep.sweep`.
     """
-    records = sweep(run, settings, folder, workers=workers, dask=dask, progress=progress)
+    records = sweep(run_every_block, settings, folder, workers=workers, dask=dask, progress=progress)
     result = {
         "paper": "Innocenti and Achour, arXiv 2512.11255",
         "defaults": asdict(EveryBlockSettings()),

@@ -12,18 +12,29 @@ from icl_lib.figures import COLOURS, Figure, figure
 SERIES = list(COLOURS.values())
 
 
-def losses(step: Sequence[int], experiment: Sequence[float], theory: Sequence[float], bare: Sequence[float]) -> Figure:
-    """Test loss over training, in experiment and by the theory, beside the unedited model on the bare query."""
-    with figure(width=4.6, height=3.7) as (fig, ax):
-        ax.plot(step, bare, color=COLOURS["grey"], linestyle="--", label="bare query, no edit")
+def _colour(number: int) -> str:
+    return SERIES[number % len(SERIES)]
+
+
+def losses(measured: Mapping[str, Sequence[float]]) -> Figure:
+    """Test loss over training, in experiment and by the theory, beside its controls without edits.
+
+    ``measured`` is what :func:`icl_lib.experiments.run_every_block` returns.
+    """
+    experiment, theory, unedited, bare = (measured[name] for name in ("experiment", "theory", "unedited", "bare"))
+    step = range(len(experiment))
+    with figure(width=4.6, height=3.9) as (fig, ax):
+        ax.plot(step, bare, color=COLOURS["grey"], linestyle="--", label="whole network, no edit")
+        ax.plot(step, unedited, color=COLOURS["grey"], linestyle=":", label="last block, no edit")
         ax.plot(step, experiment, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="experiment")
         ax.plot(step, theory, color=COLOURS["blue"], label="theory")
         ax.set(xlabel="training step", ylabel="test loss", yscale="log")
-        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", columnspacing=1)
+        ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", columnspacing=1)
     return Figure(
         fig,
         f"Test loss over {len(step)} training steps. The experiment's curve goes from {experiment[0]:.2g} to "
-        f"{experiment[-1]:.2g}, and the theory's lies on it; the bare query without an edit ends at {bare[-1]:.2g}.",
+        f"{experiment[-1]:.2g}, and the theory's lies on it. Unedited, the last block ends at {unedited[-1]:.2g}; "
+        f"the whole network on the bare query, at {bare[-1]:.2g}.",
     )
 
 
@@ -37,7 +48,7 @@ def differences(
     with figure(width=4.6, height=3.7) as (fig, ax):
         for block, (values, without) in enumerate(zip(np.transpose(difference), np.transpose(control), strict=True)):
             ax.plot(step, without, color=COLOURS["grey"], linestyle="--", label="no edit" if block == 0 else None)
-            ax.plot(step, values, color=SERIES[block], label=f"block {block + 1}")
+            ax.plot(step, values, color=_colour(block), label=f"block {block + 1}")
         ax.set(xlabel="training step", ylabel="mean squared difference", yscale="log")
         ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", columnspacing=1)
     values, without = np.array(difference), np.array(control)
@@ -52,23 +63,22 @@ def norms(step: Sequence[int], frobenius: Sequence[Sequence[float]]) -> Figure:
     """Size of the last position's update over training, block by block; ``frobenius`` is ``[steps][blocks]``."""
     with figure(width=4.6, height=3.2) as (fig, ax):
         for block, values in enumerate(np.transpose(frobenius)):
-            ax.plot(step, values, color=SERIES[block], label=f"block {block + 1}")
+            ax.plot(step, values, color=_colour(block), label=f"block {block + 1}")
         ax.set(xlabel="training step", ylabel="‖ΔW‖ at the query", ylim=(0, None))
         ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize="small", columnspacing=1)
     ends = ", ".join(f"{value:.2g}" for value in frobenius[-1])
     return Figure(fig, f"Norm of the query's update over training, by block. At the end: {ends}.")
 
 
-def alignments(table: Any, title: str) -> Figure:
-    """A table of cosines as a heat map, from −1 to 1; small ones with their numbers."""
+def alignments(table: Any, title: str, of: str) -> Figure:
+    """A table of cosines as a heat map, from −1 to 1; small ones with their numbers. ``of`` names what is compared."""
     table = np.asarray(table)
     small = len(table) <= 8
     with figure(width=3.4, height=3.1) as (fig, ax):
         picture = ax.imshow(table, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
-        what = "block" if small else "position"
-        ax.set(title=title, xlabel=what, ylabel=what)
+        ax.set(title=title, xlabel=of, ylabel=of)
         ticks = range(len(table)) if small else range(9, len(table), 10)
         ax.set_xticks(ticks, [str(tick + 1) for tick in ticks])
         ax.set_yticks(ticks, [str(tick + 1) for tick in ticks])
@@ -106,8 +116,8 @@ def errors_by_block(errors: Mapping[str, Sequence[float]], control: Sequence[flo
     with figure(width=4.6, height=3.5) as (fig, ax):
         blocks = range(1, len(control) + 1)
         ax.plot(blocks, control, "--o", color=COLOURS["grey"], markersize=4, label="no edit")
-        for (name, values), colour in zip(errors.items(), SERIES, strict=False):
-            ax.plot(blocks, values, "-o", color=colour, markersize=4, label=name)
+        for number, (name, values) in enumerate(errors.items()):
+            ax.plot(blocks, values, "-o", color=_colour(number), markersize=4, label=name)
         ax.set(title=title, xlabel="block", ylabel="relative error", yscale="log", ylim=(1e-17, 10))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small")
@@ -118,10 +128,11 @@ def errors_by_block(errors: Mapping[str, Sequence[float]], control: Sequence[flo
 def varied(runs: Sequence[Mapping[str, Any]], name: str, label: str) -> Figure:
     """Test loss over training for several values of one setting: the median over seeds, shaded between quartiles.
 
-    ``runs`` come from :func:`icl_lib.experiments.paper_scale.summarise`.
+    ``runs`` come from :func:`icl_lib.experiments.summarise`.
     """
     with figure(width=3.3, height=3.1) as (fig, ax):
-        for run, colour in zip(runs, SERIES, strict=False):
+        for number, run in enumerate(runs):
+            colour = _colour(number)
             steps = run["experiment"]["steps"]
             low, median, high = (np.array(run["experiment"][part], dtype=float) for part in ("low", "median", "high"))
             ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -130,7 +141,11 @@ def varied(runs: Sequence[Mapping[str, Any]], name: str, label: str) -> Figure:
             ax.plot(steps[::10], theory, "o", color=colour, markersize=4)
         ax.set(title=label, xlabel="training step", ylabel="test loss", yscale="log")
         ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize="small", columnspacing=1)
-    ends = ", ".join(f"{run['settings'][name]}: {run['experiment']['median'][-1]:.2g}" for run in runs)
+    last = [run["experiment"]["median"][-1] for run in runs]
+    ends = ", ".join(
+        f"{run['settings'][name]}: {'diverged' if value is None else format(value, '.2g')}"
+        for run, value in zip(runs, last, strict=True)
+    )
     return Figure(
         fig, f"{label}: test loss over training, median over seeds. At the end {ends}. The theory lies on it."
     )
