@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
 
 .DEFAULT_GOAL := help
-.PHONY: help book test figures lint format picture clean
+.PHONY: help book test figures bench lint format picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,14 @@ test: book lint ## build the book, then run all tests, those in a real browser i
 
 figures: $(INSTALLED) ## run the papers' figures at full scale, an hour or more; options: make figures ARGS=--help
 	$(BIN)/python -m icl_lib.experiments $(ARGS)
+
+# Memory that is freed and used again stays with the process: asking the system for it each time is slow, and how slow
+# depends on what else runs.
+KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824
+
+bench: $(INSTALLED) ## measure time and memory, and renew the numbers of the Cost page
+	$(KEEP_MEMORY) $(BIN)/pytest tests/benchmarks -q -o addopts= -o python_files="bench_*.py" -o python_functions="bench_*" \
+		--benchmark-columns=min,median,iqr,rounds
 
 lint: $(INSTALLED) ## check style
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The chapters' pictures: data in, :class:`~icl_lib.figures.Figure` out."""
 
+from icl_lib.plots.cost import scaling
 from icl_lib.plots.every_block import (
     alignments,
     differences,
@@ -19,6 +20,7 @@ __all__ = [
     "norms",
     "removal",
     "renumberings",
+    "scaling",
     "solution_family",
     "training_curves",
     "varied",
