@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from icl_lib.absorb import BlockPatch, Patch, absorb
+from icl_lib.absorb import absorb
 from icl_lib.anatomy import Anatomy, register_anatomy
 from icl_lib.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.low_rank import LowRank
+from icl_lib.patch import BlockPatch, Patch
 from icl_lib.theorem import alignment, bias_update, weight_update
 from icl_lib.transformer import Transformer, TransformerConfig
 from icl_lib.verification import Report, verify

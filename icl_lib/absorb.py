@@ -17,10 +17,9 @@ Source: Innocenti and Achour, *A Simple Generalisation of the Implicit Dynamics 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,201 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.anatomy import Anatomy, anatomy_of
-from icl_lib.edits import edited_linear
-from icl_lib.low_rank import LowRank
-from icl_lib.structure import replaced, require_deterministic
+from icl_lib.patch import BlockPatch, Patch, without_context
+from icl_lib.structure import require_deterministic
 from icl_lib.theorem import bias_update, weight_update
 from icl_lib.validation import require_finite, require_float, validated_by
 
 REFERENCES = ("query", "self")
-
-
-@dataclass(frozen=True, eq=False)
-class BlockPatch:
-    r"""The edits of one block, one for each position.
-
-    Attributes:
-        inner: $\Delta W_i$ of each linear map that reads what the MLP reads, by its path in the block:
-            ``[*batch, positions, out, in]``, of rank one.
-        outer: $\Delta b'_i$ of the bias behind the MLP, ``[*batch, positions, width]``; None for a block without a skip
-            connection.
-    """
-
-    inner: dict[str, LowRank]
-    outer: Tensor | None
-
-    @property
-    def weight(self) -> LowRank:
-        r"""The $\Delta W_i$ of the first inner map."""
-        return next(iter(self.inner.values()))
-
-    def at(self, positions: slice) -> BlockPatch:
-        """The edits at some of the positions, as copies that do not keep the others in memory."""
-        # A factor that all positions share has one entry there; it stays shared.
-        inner = {
-            path: LowRank(
-                update.left[..., positions, :, :].clone(),
-                update.right if update.right.shape[-3] == 1 else update.right[..., positions, :, :].clone(),
-            )
-            for path, update in self.inner.items()
-        }
-        return BlockPatch(inner, None if self.outer is None else self.outer[..., positions, :].clone())
-
-    def each_alone(self) -> BlockPatch:
-        """The same edits for positions that are run as sequences of one token: ``[*batch, positions, 1, …]``."""
-        inner = {path: update[..., None] for path, update in self.inner.items()}
-        return BlockPatch(inner, None if self.outer is None else self.outer.unsqueeze(-2))
-
-    @contextlib.contextmanager
-    def applied(self, block: nn.Module, anatomy: Anatomy) -> Iterator[None]:
-        """Inside the ``with``, the block runs with these edits, kept as factors; a single query serves all positions.
-
-        The linear maps answer $W z + L (R^\\top z)$: what a map with the weight $W + L R^\\top$ answers.
-        """
-        with contextlib.ExitStack() as hooks:
-            for path, update in self.inner.items():
-                hook = block.get_submodule(path).register_forward_hook(_adding(update))
-                hooks.callback(hook.remove)
-            if self.outer is not None:
-                outer = self.outer
-                hook = block.get_submodule(anatomy.outer).register_forward_hook(lambda _, __, answer: answer + outer)
-                hooks.callback(hook.remove)
-            yield
-
-
-def _adding(update: LowRank) -> Callable[..., Tensor]:
-    return lambda _, read, answer: update.addmv(answer, read[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """What a context does to a model, as edits of its weights; made by :func:`absorb`.
-
-    Attributes:
-        blocks: the edits, block by block.
-        anatomy: where in the model they belong.
-        reference: what the patched blocks are fed, ``query`` or ``self``.
-        first: the position in the sequence of the first edit.
-        context_length: number of tokens that the patch replaces.
-    """
-
-    blocks: tuple[BlockPatch, ...]
-    anatomy: Anatomy
-    reference: str
-    first: int
-    context_length: int
-
-    def bare(self, inputs: Tensor) -> Tensor:
-        """What the patched model is fed in place of ``inputs`` ``[*batch, n, dim]``.
-
-        Reference ``query``: the tokens after the context, ``[*batch, m, dim]``. Reference ``self``: each token as a
-        sequence of its own, ``[*batch, positions, 1, dim]``.
-        """
-        return _bare(inputs, self.context_length, self.reference, self.first)
-
-    def at_query(self) -> Patch:
-        """The edits at the positions after the context alone."""
-        kept = tuple(block.at(slice(self.context_length - self.first, None)) for block in self.blocks)
-        return Patch(kept, self.anatomy, self.reference, self.context_length, self.context_length)
-
-    @contextlib.contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Inside the ``with``, ``model(patch.bare(inputs))`` answers what ``model(inputs)`` answers with the context.
-
-        Nothing is copied, and the edits are never formed as matrices. The model is as it was afterwards, whatever
-        happens inside. It is the model itself that is patched: for other threads too, and in copies made inside.
-
-        Raises `ValueError` for a model with other places or sizes (other weights of the same size are not noticed), for
-        one that is patched already, and, inside, for inputs of another shape than the patch was made for.
-
-        >>> from icl_lib import Transformer, TransformerConfig
-        >>> model = Transformer(TransformerConfig(dim=4, blocks=3, heads=2, norm="pre")).double()
-        >>> inputs = torch.randn(9, 4).double()
-        >>> patch = absorb(model, inputs, context_length=8)
-        >>> with patch.applied(model):
-        ...     answer = model(inputs[8:])
-        >>> torch.allclose(answer, model(inputs)[8:], rtol=1e-12)
-        True
-        """
-        running = self._as_run()
-        with contextlib.ExitStack() as stack:
-            for where, block, edits in self._pairs(model, running):
-                shape = edits.weight.shape[:-2]
-                reader = block.get_submodule(self.anatomy.inner[0])
-                check = reader.register_forward_pre_hook(_requiring(shape, where))
-                stack.callback(check.remove)
-                stack.enter_context(edits.applied(block, self.anatomy))
-            yield model
-
-    def merged(self, model: nn.Module) -> nn.Module:
-        """A copy of the model with edited weights, which answers ``patch.bare(inputs)`` by its own forward pass.
-
-        A single edit gives ordinary linear maps; several give maps that hold one matrix for each batch entry and
-        position, formed in full. Nothing hooks into the copy, and ``model`` is left as it was.
-
-        Raises `ValueError` as :meth:`applied` does, and where an edited weight overflows.
-
-        >>> from icl_lib import Transformer, TransformerConfig
-        >>> model = Transformer(TransformerConfig(dim=4, blocks=3, heads=2)).double()
-        >>> inputs = torch.randn(9, 4).double()
-        >>> edited = absorb(model, inputs, context_length=8).merged(model)
-        >>> torch.allclose(edited(inputs[8:]), model(inputs)[8:], rtol=1e-12)
-        True
-        """
-        edited = copy.deepcopy(model)
-        with torch.no_grad():
-            for _, block, edits in self._pairs(edited, self._as_run()):
-                _merge(block, edits, self.anatomy)
-        return edited
-
-    def _as_run(self) -> tuple[BlockPatch, ...]:
-        """The edits that the whole network needs, in the layout of what it is fed."""
-        if self.reference == "query":
-            return self.at_query().blocks
-        return tuple(block.each_alone() for block in self.blocks)
-
-    def _pairs(self, model: nn.Module, patches: tuple[BlockPatch, ...]) -> Iterator[tuple[str, nn.Module, BlockPatch]]:
-        if anatomy_of(model) != self.anatomy:
-            raise ValueError(
-                f"model keeps its parts in other places than {self.anatomy}: patch the model it came from."
-            )
-        blocks = list(model.get_submodule(self.anatomy.blocks))
-        if len(blocks) != len(patches):
-            raise ValueError(
-                f"model has {len(blocks)} blocks and the patch {len(patches)}: patch the model it came from."
-            )
-        for index, (block, edits) in enumerate(zip(blocks, patches, strict=True)):
-            where = f"{self.anatomy.blocks}[{index}]"
-            for path, update in edits.inner.items():
-                weight = block.get_submodule(path).weight
-                if (weight.shape, weight.dtype, weight.device) != (update.shape[-2:], update.dtype, update.device):
-                    raise ValueError(
-                        f"{where}.{path} holds {tuple(weight.shape)}, {weight.dtype} on {weight.device} and its edit "
-                        f"is {tuple(update.shape[-2:])}, {update.dtype} on {update.device}: patch the model it is from."
-                    )
-            yield where, block, edits
-
-
-def _requiring(shape: torch.Size, where: str) -> Callable[..., None]:
-    def check(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if args[0].shape[:-1] != shape:
-            raise ValueError(
-                f"{where} reads {tuple(args[0].shape[:-1])} tokens and its patch was made for {tuple(shape)}: "
-                "feed the patched model patch.bare(inputs)."
-            )
-
-    return check
-
-
-def _merge(block: nn.Module, edits: BlockPatch, anatomy: Anatomy) -> None:
-    """Replace the block's linear maps by edited ones."""
-    single = edits.weight.shape[:-2].numel() == 1
-    for path, update in edits.inner.items():
-        update = LowRank(update.left.flatten(0, -3)[0], update.right.flatten(0, -3)[0]) if single else update
-        replaced(block, path, edited_linear(block.get_submodule(path), weight=update))
-    if edits.outer is not None:
-        bias = edits.outer.flatten(0, -2)[0] if single else edits.outer
-        replaced(block, anatomy.outer, edited_linear(block.get_submodule(anatomy.outer), bias=bias))
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,8 +63,8 @@ class Observation:
 class _Observer:
     """Runs each block of a model a second time, without the context, as soon as it has run with it."""
 
-    def __init__(self, anatomy: Anatomy, without_context: Callable[[Tensor], Tensor], first: int) -> None:
-        self.anatomy, self.without_context, self.first = anatomy, without_context, first
+    def __init__(self, anatomy: Anatomy, bare: Callable[[Tensor], Tensor], first: int) -> None:
+        self.anatomy, self.bare, self.first = anatomy, bare, first
         self.seen: dict[str, Tensor] = {}
         self.suffix: str | None = ""  # of the names under which readings are kept; None while nothing is read
 
@@ -268,7 +78,7 @@ class _Observer:
             )
         self.seen.clear()
         # A block may write to its own input; what it was fed must survive that.
-        self.seen["fed"] = self.without_context(args[0]).clone()
+        self.seen["fed"] = self.bare(args[0]).clone()
 
     def note(self, name: str, path: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -334,10 +144,8 @@ def observe(
     """
     anatomy = anatomy_of(model)
 
-    def without_context(stream: Tensor) -> Tensor:
-        return _bare(stream, context_length, reference, first)
-
-    observer = _Observer(anatomy, without_context, first)
+    bare = functools.partial(without_context, context_length=context_length, reference=reference, first=first)
+    observer = _Observer(anatomy, bare, first)
 
     def after(block: nn.Module, _: tuple[Any, ...], output: Any, where: str) -> None:
         if observer.suffix == "":
@@ -354,10 +162,6 @@ def observe(
                 hooks.callback(place.register_forward_pre_hook(observer.note(name, f"{where}.{path}")).remove)
             hooks.callback(block.register_forward_hook(functools.partial(after, where=where)).remove)
         return model(inputs)
-
-
-def _bare(stream: Tensor, context_length: int, reference: str, first: int) -> Tensor:
-    return stream[..., context_length:, :] if reference == "query" else stream[..., first:, :].unsqueeze(-2)
 
 
 def check_absorb(model: Any, inputs: Any, context_length: Any, reference: Any, positions: Any) -> None:

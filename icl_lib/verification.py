@@ -2,7 +2,7 @@ r"""Does the identity hold for this model and this prompt? An error for every bl
 
 The check runs the model's own blocks with edited weights on the stream of the query alone, and then the whole model on
 the bare query. The edits are kept as factors: a linear map answers $W z + L (R^\top z)$, which is what
-:meth:`icl_lib.absorb.Patch.merged` forms in full. What the MLP reads with the context is used to compute an edit and
+:meth:`icl_lib.patch.Patch.merged` forms in full. What the MLP reads with the context is used to compute an edit and
 never handed to the MLP.
 """
 
@@ -17,8 +17,9 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from icl_lib.absorb import Observation, Patch, check_absorb, first_position, observe
+from icl_lib.absorb import Observation, check_absorb, first_position, observe
 from icl_lib.anatomy import anatomy_of
+from icl_lib.patch import Patch
 from icl_lib.validation import validated_by
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -76,7 +77,7 @@ class Report:
 
     @property
     def tested(self) -> float:
-        """The share of blocks and positions that would fail without their edits: where it is 0, nothing was tested."""
+        """How many blocks and positions, as a share, fail without their edits; where it is 0, nothing was tested."""
         control = [value for block in self.control for value in block]
         return sum(value > self.tolerance for value in control) / len(control)
 

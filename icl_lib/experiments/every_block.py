@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icl_lib.absorb import BlockPatch, Observation, Patch, observe
+from icl_lib.absorb import Observation, observe
 from icl_lib.anatomy import anatomy_of
 from icl_lib.experiments.alignment import cosines, likeness, within_block
 from icl_lib.low_rank import LowRank
+from icl_lib.patch import BlockPatch, Patch
 from icl_lib.regression import Diverged, Prompts, Trainer, TrainingSettings, mean_squared_error, sample_prompts
 from icl_lib.sweep import Checkpoint
 from icl_lib.theorem import alignment
