@@ -43,6 +43,7 @@ def draw(seed, *shapes):
 def computed(derivation, backend, *arrays):
     """Call the function that the derivation compiles to, and return a NumPy array."""
     function = derivation.lambdify(backend)
+    arrays = [np.asarray(array) for array in arrays]
     return np.asarray(function(*map(torch.from_numpy, arrays) if backend == "torch" else arrays))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import sympy as sp
 import torch
+from test_symbolic import BACKENDS, assert_close, computed, draw
 from torch import nn
 
 from icl_lib.symbolic import (
@@ -41,7 +42,6 @@ CASES = {
     **{f"shared_factor-{sizes}": (shared_factor, sizes) for sizes in [(3, 2, 3), (1, 3, 2), (3, 1, 2), (2, 2, 1)]},
     **{f"hidden_permutation-{out}x{in_}": (hidden_permutation, (out, in_)) for out, in_ in [(3, 2), (2, 1), (4, 3)]},
 }
-BACKENDS = ["numpy", "torch"]
 EPS = 1e-5
 
 
@@ -49,22 +49,6 @@ EPS = 1e-5
 def derivation(request):
     derive, arguments = CASES[request.param]
     return derive(*arguments)
-
-
-def draw(seed, *shapes):
-    generator = np.random.default_rng(seed)
-    return [generator.standard_normal(shape) for shape in shapes]
-
-
-def computed(derivation, backend, *arrays):
-    """Call the function that the derivation compiles to, and return a NumPy array."""
-    function = derivation.lambdify(backend)
-    arrays = [np.asarray(array) for array in arrays]
-    return np.asarray(function(*map(torch.from_numpy, arrays) if backend == "torch" else arrays))
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-13)
 
 
 def cosine(left, right):
