@@ -8,6 +8,7 @@ import pytest
 import sympy as sp
 import torch
 from test_symbolic import BACKENDS, assert_close, computed, draw
+from test_symbolic import TestMarkdown as TestMarkdown  # the same tests, on the derivations of this file
 from torch import nn
 
 from icl_lib.symbolic import (
@@ -309,29 +310,6 @@ class TestNumbers:
         assert abs(cosine(after, other) - cosine(before, other)) > 1e-3
         within = alignment_within(4, 3)
         assert_close(computed(within, backend, W[order], f, g, k), computed(within, backend, W, f, g, k))
-
-
-class TestMarkdown:
-    def test_is_fit_for_a_page(self, derivation):
-        text = derivation._repr_markdown_()
-        assert derivation.source in text
-        assert r"\bm" not in text
-        # At the start of a line these would make a heading or a list, even between dollar signs.
-        assert not any(line.startswith(("#", "-", "+", "=")) for line in text.splitlines())
-        fences = [line for line in text.splitlines() if "$$" in line]
-        assert set(fences) == {"$$"}
-        assert len(fences) == 2 * (len(derivation.assumptions) + len(derivation.steps) + 1)
-        assert text.replace("$$", "").count("$") % 2 == 0
-        assert text.count("{") == text.count("}")
-        assert max(map(len, text.split("$$")[1::2])) < 300
-
-    def test_every_step_is_named_and_explained(self, derivation):
-        text = derivation._repr_markdown_()
-        for number, step in enumerate(derivation.steps, start=1):
-            assert f"**{number}. {step.name}.** {step.why}" in text
-        for step in (*derivation.assumptions, *derivation.steps):
-            assert step.why[0].isupper()
-            assert step.why.endswith(".")
 
 
 class TestErrors:
