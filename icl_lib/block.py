@@ -89,6 +89,23 @@ class ContextualBlock(nn.Module):
         output = self.mlp(activation)
         return query + activation + output if self.skip else output
 
+    def at_query(self, sequence: Float[Tensor, "*batch n dim"]) -> Float[Tensor, "*batch out"]:
+        """The block's output at the last token of a sequence, whose context are the others."""
+        return self(sequence[..., :-1, :], sequence[..., -1, :])
+
+    def read(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> Tensor:
+        """What the MLP reads, $A(C, x)$, checked: the contextual layer may be anybody's."""
+        read = self.contextual(context, query)
+        weight = self.first_linear.weight
+        wanted = (*query.shape[:-1], weight.shape[-1])
+        if not isinstance(read, Tensor) or read.shape != wanted:
+            got = tuple(read.shape) if isinstance(read, Tensor) else type(read).__name__
+            raise ValueError(
+                f"the contextual layer returned {got} for a query {tuple(query.shape)}: it must be {wanted}."
+            )
+        require_same_kind("block's weight", weight, **{"the contextual layer's output": read})
+        return read
+
 
 def _require_block(block: Any) -> None:
     if not isinstance(block, ContextualBlock):
@@ -98,13 +115,18 @@ def _require_block(block: Any) -> None:
         )
 
 
-def _check_implicit_update(block: Any, context: Any, query: Any, keep: Any) -> None:
+def check_block_prompt(block: Any, context: Any, query: Any) -> None:
+    """Require a contextual block, and a prompt with a context for it."""
     _require_block(block)
     check_prompt(context, query)
     require_same_kind("block's weight", block.first_linear.weight, context=context)
     require_deterministic(block, "block")
     if context.shape[-2] == 0:
         raise ValueError("context is empty: there is nothing to turn into weights. Give it at least one token.")
+
+
+def _check_implicit_update(block: Any, context: Any, query: Any, keep: Any) -> None:
+    check_block_prompt(block, context, query)
     _kept_indices(keep, context.shape[-2])
 
 
@@ -205,23 +227,12 @@ def implicit_update(
     False
     """
     with torch.no_grad():
-        a_with = _read(block, context, query)
-        a_without = _read(block, kept_context(context, keep), query)
+        a_with = block.read(context, query)
+        a_without = block.read(kept_context(context, keep), query)
         return ImplicitUpdate(
             weight=weight_update(block.first_linear.weight, a_without, a_with),
             bias=bias_update(a_without, a_with) if block.skip else None,
         )
-
-
-def _read(block: ContextualBlock, context: Tensor, query: Tensor) -> Tensor:
-    """What the MLP reads, checked: the contextual layer may be anybody's."""
-    read = block.contextual(context, query)
-    wanted = (*query.shape[:-1], block.first_linear.weight.shape[-1])
-    if not isinstance(read, Tensor) or read.shape != wanted:
-        got = tuple(read.shape) if isinstance(read, Tensor) else type(read).__name__
-        raise ValueError(f"the contextual layer returned {got} for a query {tuple(query.shape)}: it must be {wanted}.")
-    require_same_kind("block's weight", block.first_linear.weight, **{"the contextual layer's output": read})
-    return read
 
 
 def _check_kept_context(context: Any, keep: Any) -> None:

@@ -6,6 +6,11 @@ show how different they may be.
 
 Shapes: ``context`` is ``[*batch, n, dim]`` with ``n ≥ 0``, ``query`` ``[*batch, dim]``, the result ``[*batch, out]``.
 An empty context is ``context[..., :0, :]`` and gives $A(x)$.
+
+What a query reads from a context that grows token by token need not cost a pass for each token. A layer that takes an
+average over tokens says so with ``average(context, query)``, one with a memory gives ``prefixes(context, query)``, what
+is read after $0, 1, \dots, n$ tokens, ``[*batch, n + 1, out]``; both are optional, and
+:mod:`icl_lib.dynamics` checks them against the layer.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from icl_lib.running_average import RunningAverage
 from icl_lib.validation import require_float, require_same_kind, require_size, validated_by
 
 
@@ -70,6 +76,11 @@ class _MultiHead(nn.Module):
     def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
         return projection(x).unflatten(-1, (self.heads, self.head_dim))  # [*batch, n, heads, head_dim]
 
+    def _scored(self, context: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of all tokens, the query's last, and what the query asks; by head."""
+        sequence = tokens(context, query)
+        return self._heads(self.key, sequence), self._heads(self.value, sequence), self._heads(self.query, query)
+
 
 class SoftmaxAttention(_MultiHead):
     r"""Multi-head softmax attention.
@@ -114,6 +125,23 @@ class SoftmaxAttention(_MultiHead):
         read = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.output(read.transpose(-3, -2).flatten(-2))
 
+    @validated_by(check_layer_prompt)
+    def average(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> RunningAverage:
+        r"""The average that the query takes, token by token; $\alpha_i$ is its weight for $c_i$ among $c_1 \dots c_i, x$.
+
+        >>> layer = SoftmaxAttention(dim=4).double()
+        >>> context, query = torch.randn(7, 4).double(), torch.randn(4).double()
+        >>> average = layer.average(context, query)
+        >>> torch.allclose(average.read(average.heads())[3], layer(context[:3], query))
+        True
+        """
+        keys, values, asked = self._scored(context, query)
+        scores = torch.einsum("...nhd,...hd->...nh", keys, asked) / math.sqrt(self.head_dim)
+        sequence = torch.cat([scores[..., -1:, :], scores[..., :-1, :]], dim=-2)  # the query is there from the start
+        totals = torch.logcumsumexp(sequence, dim=-2)
+        rates = torch.exp(sequence - totals)[..., 1:, :]
+        return RunningAverage(rates, values[..., :-1, :, :], values[..., -1, :, :], self.output.weight)
+
 
 class LinearAttention(_MultiHead):
     r"""Multi-head linear attention: softmax replaced by a plain average over the tokens $t = (c_1 \dots c_n, x)$.
@@ -129,14 +157,19 @@ class LinearAttention(_MultiHead):
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch dim"]:
         """What the query reads from the context and itself."""
-        sequence = tokens(context, query)
-        q, k, v = (
-            self._heads(self.query, query),
-            self._heads(self.key, sequence),
-            self._heads(self.value, sequence),
-        )
-        scores = torch.einsum("...nhd,...hd->...nh", k, q) / sequence.shape[-2]
-        return self.output(torch.einsum("...nh,...nhd->...hd", scores, v).flatten(-2))
+        return self.output(self._weighted(context, query).mean(dim=-3).flatten(-2))
+
+    def _weighted(self, context: Tensor, query: Tensor) -> Tensor:
+        """Each token's value, times its score; the query's last."""
+        keys, values, asked = self._scored(context, query)
+        return torch.einsum("...nhd,...hd->...nh", keys, asked).unsqueeze(-1) * values
+
+    @validated_by(check_layer_prompt)
+    def average(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> RunningAverage:
+        r"""The average that the query takes, token by token, over values times scores: $\alpha_i = 1/(i + 1)$."""
+        weighted = self._weighted(context, query)
+        values, start = weighted[..., :-1, :, :], weighted[..., -1, :, :]
+        return RunningAverage(_uniform_rates(values), values, start, self.output.weight)
 
 
 class GRU(nn.Module):
@@ -163,6 +196,25 @@ class GRU(nn.Module):
         _, state = self.cell(flat)
         return state[0].reshape(*query.shape[:-1], state.shape[-1])
 
+    @validated_by(check_layer_prompt)
+    def prefixes(
+        self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
+    ) -> Float[Tensor, "*batch n+1 hidden"]:
+        """The state after the query, had it come after 0, 1, …, n tokens of the context.
+
+        >>> layer, context, query = GRU(dim=4, hidden=6), torch.randn(7, 4), torch.randn(4)
+        >>> torch.allclose(layer.prefixes(context, query)[3], layer(context[:3], query), atol=1e-6)
+        True
+        """
+        batch, n = query.shape[:-1], context.shape[-2]
+        states = query.new_zeros(*batch, n + 1, self.cell.hidden_size)
+        if n:
+            flat = context.reshape(math.prod(batch), *context.shape[-2:])
+            states[..., 1:, :] = self.cell(flat)[0].reshape(*batch, n, -1)
+        asked = query.unsqueeze(-2).expand(*batch, n + 1, -1).reshape(-1, 1, query.shape[-1])
+        _, state = self.cell(asked, states.reshape(1, asked.shape[0], -1))
+        return state[0].reshape(*batch, n + 1, -1)
+
 
 class MeanPooling(nn.Module):
     r"""The mean of all tokens: $A(C, x) = (c_1 + \dots + c_n + x)/(n+1)$. No parameters, and the theorem holds still.
@@ -179,3 +231,15 @@ class MeanPooling(nn.Module):
     ) -> Float[Tensor, "*batch dim"]:
         """The mean over the context and the query."""
         return tokens(context, query).mean(dim=-2)
+
+    @validated_by(check_layer_prompt)
+    def average(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> RunningAverage:
+        r"""The average that the query takes, token by token: $\alpha_i = 1/(i + 1)$."""
+        values = context.unsqueeze(-2)
+        return RunningAverage(_uniform_rates(values), values, query.unsqueeze(-2))
+
+
+def _uniform_rates(values: Float[Tensor, "*batch n heads head_dim"]) -> Float[Tensor, "*batch n heads"]:
+    """The rates of a plain average that begins with the query."""
+    count = torch.arange(2, values.shape[-3] + 2, dtype=values.dtype, device=values.device)
+    return (1 / count).unsqueeze(-1).expand(values.shape[:-1])

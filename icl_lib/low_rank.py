@@ -136,6 +136,18 @@ class LowRank:
         left, right = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
         return LowRank(*(factor.movedim(place, -1).flatten(-2) for factor in (left, right)))
 
+    def first(self, terms: int) -> LowRank:
+        """The sum of the first of its rank-one terms: what a matrix that grew step by step was after so many steps.
+
+        >>> grown = LowRank(torch.eye(3), torch.eye(3))
+        >>> grown.first(2).dense().diagonal()
+        tensor([1., 1., 0.])
+        """
+        have = self.left.shape[-1]
+        if isinstance(terms, bool) or not isinstance(terms, int) or not 0 <= terms <= have:
+            raise ValueError(f"terms is {terms!r}: give a whole number from 0 to {have}.")
+        return LowRank(self.left[..., :terms], self.right[..., :terms])
+
     def singular_values(self) -> Float[Tensor, "*batch values"]:
         """The singular values that may differ from zero, largest first: at most as many as the factors have columns."""
         return torch.linalg.svdvals(self._core()).to(self.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from icl_lib.block import ContextualBlock
 from icl_lib.contextual import SoftmaxAttention, check_layer_prompt
+from icl_lib.running_average import RunningAverage
 from icl_lib.validation import require_float, require_same_kind, require_size, validated_by
 
 
@@ -204,3 +205,8 @@ class _Embedded(nn.Module):
     @validated_by(check_layer_prompt)
     def forward(self, context: Tensor, query: Tensor) -> Tensor:
         return self.layer(self.embed(context), self.embed(query))
+
+    @validated_by(check_layer_prompt)
+    def average(self, context: Tensor, query: Tensor) -> RunningAverage:
+        """The average that the layer behind the embedding takes."""
+        return self.layer.average(self.embed(context), self.embed(query))

@@ -96,3 +96,37 @@ def test_at_every_position(causal):
 def test_heads_that_do_not_divide_are_an_error():
     with pytest.raises(ValueError, match="dim=4 is not a multiple of heads=3"):
         SoftmaxAttention(4, 3)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+@pytest.mark.parametrize("n", [0, 1, 2, 9])
+def test_averages_against_the_layer_on_each_prefix(n, batch):
+    context, query = draw(n, batch=batch)
+    for layer in (SoftmaxAttention(4, 2, head_dim=3).double(), LinearAttention(4, 2).double(), MeanPooling()):
+        average = layer.average(context, query)
+        read = average.read(average.heads())
+        for i in range(n + 1):
+            torch.testing.assert_close(read[..., i, :], layer(context[..., :i, :], query), rtol=1e-12, atol=1e-14)
+        assert read.shape[-2] == n + 1
+        shares = average.read_each(average.heads()).sum(-2)
+        torch.testing.assert_close(shares, read, rtol=1e-12, atol=1e-14)
+        if n == 9:  # negative control
+            assert not torch.allclose(read[..., 8, :], read[..., 9, :], rtol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+@pytest.mark.parametrize("n", [0, 1, 9])
+def test_gru_prefixes_against_the_layer_on_each_prefix(n, batch):
+    layer, (context, query) = GRU(4, 5).double(), draw(n, batch=batch)
+    read = layer.prefixes(context, query)
+    for i in range(n + 1):
+        torch.testing.assert_close(read[..., i, :], layer(context[..., :i, :], query), rtol=1e-12, atol=1e-14)
+
+
+def test_rates_of_softmax_attention_are_its_weights():
+    layer, (context, query) = SoftmaxAttention(4).double(), draw(9)
+    rates = layer.average(context, query).rates[:, 0].detach().numpy()
+    w_q, w_k = layer.query.weight.detach().numpy(), layer.key.weight.detach().numpy()
+    scores = np.array([(w_k @ t) @ (w_q @ query.numpy()) for t in [query.numpy(), *context.numpy()]])
+    expected = [softmax(scores[: i + 2], layer.head_dim)[-1] for i in range(9)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-12)

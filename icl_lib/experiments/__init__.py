@@ -17,19 +17,37 @@ from icl_lib.experiments.one_block import (
     validate,
 )
 from icl_lib.experiments.paper_scale import VARIED, paper_settings, summarise, write_figures
+from icl_lib.experiments.token_by_token import (
+    Estimate,
+    TokenByToken,
+    compare_with_sgd,
+    decay_exponent,
+    estimate,
+    ranks_from_left,
+    read_token_by_token,
+    recurrent_block,
+)
 
 __all__ = [
     "BLOCK_COLUMNS",
     "COLUMNS",
     "ONE_BLOCK",
     "VARIED",
+    "Estimate",
     "EveryBlockSettings",
+    "TokenByToken",
     "TrainingCurves",
     "between_blocks",
+    "compare_with_sgd",
     "cosines",
+    "decay_exponent",
+    "estimate",
     "likeness",
     "measure_every_block",
     "paper_settings",
+    "ranks_from_left",
+    "read_token_by_token",
+    "recurrent_block",
     "relative_difference",
     "renumbered",
     "run_edited",

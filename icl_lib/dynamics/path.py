@@ -1,0 +1,117 @@
+r"""The weights on their way while a prompt is read: $W_i = W + \Delta W(c_1 \dots c_i)$, token by token.
+
+With $a_i = A(c_1 \dots c_i, x)$, each token takes one step,
+
+$$W_i - W_{i-1} = \frac{W (a_i - a_{i-1})\, a_0^\top}{\lVert a_0 \rVert^2},$$
+
+and each step can be read as gradient descent with the rate $h = 1/\lVert a_0\rVert^2$ on a loss that is linear in the
+weights and another one for every token:
+
+$$W_i = W_{i-1} - h\, \nabla L_i(W_{i-1}), \qquad L_i(W') = \operatorname{tr}(\Delta_i^\top W'), \qquad
+  \Delta_i = W (a_{i-1} - a_i)\, a_0^\top .$$
+
+Source: Dherin et al. (arXiv 2507.16003), Proposition 3.1, whose $L_{i-1}$ is our $L_i$: the loss of token $i$.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl_lib.block import ContextualBlock, check_block_prompt
+from icl_lib.dynamics.prefixes import Prefixes, read_prefixes
+from icl_lib.low_rank import LowRank
+from icl_lib.theorem import weight_update
+from icl_lib.validation import validated_by
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    r"""The weights after each token of a prompt; made by :func:`trajectory`.
+
+    Attributes:
+        weight: $W$, ``[out, in]``.
+        prefixes: $a_0 \dots a_n$, and the running average that they are, if they are one.
+    """
+
+    weight: Float[Tensor, "out in_"]
+    prefixes: Prefixes
+
+    @property
+    def activations(self) -> Float[Tensor, "*batch steps in_"]:
+        r"""What the MLP reads after each token, $a_0, a_1, \dots, a_n$: ``[*batch, n + 1, in]``."""
+        return self.prefixes.activations
+
+    @property
+    def updates(self) -> LowRank:
+        r"""$W_i - W = \Delta W(c_1 \dots c_i)$ for $i = 0 \dots n$: ``[*batch, n + 1, out, in]``.
+
+        Each of rank one; all share their right factor, so the whole is $O(n)$ numbers.
+        """
+        return weight_update(self.weight, self.activations[..., :1, :], self.activations)
+
+    @property
+    def increments(self) -> LowRank:
+        r"""$W_i - W_{i-1}$ for $i = 1 \dots n$: ``[*batch, n, out, in]``."""
+        updates = self.updates
+        return LowRank(updates.left.diff(dim=-3), updates.right)
+
+    @property
+    def marginal_norms(self) -> Float[Tensor, "*batch n"]:
+        r"""$\lVert W_i - W_{i-1} \rVert_F$: how much each token changes (Dherin et al., Figure 3)."""
+        return self.increments.norm()
+
+    @property
+    def step_size(self) -> Float[Tensor, "*batch"]:
+        r"""$h = 1/\lVert a_0 \rVert^2$."""
+        return 1 / self.activations[..., 0, :].square().sum(-1)
+
+    @property
+    def linear_gradients(self) -> LowRank:
+        r"""$\Delta_i = W (a_{i-1} - a_i)\, a_0^\top$ for $i = 1 \dots n$: the gradient of $L_i$, anywhere."""
+        left = -self.activations.diff(dim=-2) @ self.weight.mT
+        return LowRank(left.unsqueeze(-1), self.activations[..., :1, :].unsqueeze(-1))
+
+    def linear_losses(self) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
+        r"""$L_i(W_{i-1})$ and $L_i(W_i)$: before and after the step of each token.
+
+        The second is always the smaller one, by $\lVert W_i - W_{i-1} \rVert_F^2 / h$, whatever the tokens are.
+        """
+        gradients, updates = self.linear_gradients, self.updates
+        at_start = (gradients.left * (self.weight @ gradients.right)).sum((-2, -1))
+        before, after = (gradients.inner(updates[..., i]) for i in (slice(None, -1), slice(1, None)))
+        return at_start + before, at_start + after
+
+
+@validated_by(check_block_prompt)
+def trajectory(
+    block: ContextualBlock, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
+) -> Trajectory:
+    r"""All weights $W_0 = W, W_1, \dots, W_n$ that a block goes through while its query reads one token after another.
+
+    $$T_W(c_1 \dots c_i, x) = T_{W_i}(x), \qquad W_i = W + \frac{W (a_i - a_0)\, a_0^\top}{\lVert a_0 \rVert^2}$$
+
+    Source: Dherin et al. (arXiv 2507.16003), Section 3. One pass and $O(n)$ memory for layers that average over tokens
+    or keep a state (:func:`icl_lib.dynamics.prefixes.read_prefixes`); one pass for each prefix for others.
+
+    Shapes: ``context`` ``[*batch, n, dim]`` with ``n ≥ 1``, ``query`` ``[*batch, dim]``. The block is left as it was.
+
+    Raises `ValueError` as :func:`icl_lib.block.implicit_update` does.
+
+    >>> from icl_lib import SoftmaxAttention
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    >>> block = ContextualBlock(SoftmaxAttention(dim=4, heads=2), mlp).double()
+    >>> path = trajectory(block, torch.randn(50, 4).double(), torch.randn(4).double())
+    >>> path.updates, path.marginal_norms.shape
+    (LowRank(shape=(51, 16, 4), rank≤1, dtype=torch.float64, device=cpu), torch.Size([50]))
+    >>> bool(path.updates[0].norm() == 0)
+    True
+    """
+    with torch.no_grad():
+        found = Trajectory(block.first_linear.weight.detach(), read_prefixes(block, context, query))
+        # Raises where a₀ is zero or something overflows, now rather than when the weights are first asked for.
+        weight_update(found.weight, found.activations[..., 0, :], found.activations[..., -1, :])
+    return found

@@ -1,0 +1,88 @@
+"""What a query reads from every prefix, or every suffix, of its context: in one pass where the layer allows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from icl_lib.block import ContextualBlock
+from icl_lib.running_average import RunningAverage
+
+
+@dataclass(frozen=True, eq=False)
+class Prefixes:
+    r"""What the MLP reads while the context grows.
+
+    Attributes:
+        activations: $a_0, a_1, \dots, a_n$ with $a_i = A(c_1 \dots c_i, x)$: ``[*batch, n + 1, in]``.
+        average: the running average that they are, or None.
+        why_not: why they are none, in a sentence; empty where there is one.
+    """
+
+    activations: Tensor
+    average: RunningAverage | None
+    why_not: str = ""
+
+
+def read_prefixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Prefixes:
+    r"""What the block's MLP reads from $c_1 \dots c_i$ and the query, for every $i$ from 0 to $n$.
+
+    One pass where the layer has ``average`` or ``prefixes`` (:mod:`icl_lib.contextual`), and this gives what the layer
+    itself gives for no token, one token and all of them; otherwise one pass for each prefix.
+    """
+    layer, n = block.contextual, context.shape[-2]
+
+    def own(tokens: int) -> Tensor:
+        return block.read(context[..., :tokens, :], query)
+
+    if not hasattr(layer, "average"):
+        why_not = f"the contextual layer, a {type(layer).__name__}, is no average over tokens: it has no `average`"
+    else:
+        average = layer.average(context, query)
+        activations = average.read(average.heads())
+        differs = _differs(activations, own, n)
+        if differs is None:
+            return Prefixes(activations, average)
+        why_not = (
+            f"the contextual layer, a {type(layer).__name__}, is not the average that its method `average` describes: "
+            f"after {differs} tokens the two differ. Do positions shift when a token is appended?"
+        )
+    if hasattr(layer, "prefixes"):
+        activations = layer.prefixes(context, query)
+        if _differs(activations, own, n) is None:
+            return Prefixes(activations, None, why_not)
+    return Prefixes(torch.stack([own(tokens) for tokens in range(n + 1)], dim=-2), None, why_not)
+
+
+def read_suffixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Tensor:
+    r"""What the block's MLP reads once the first $0, 1, \dots, n$ tokens are gone: ``[*batch, n + 1, in]``.
+
+    An average does not ask in which order its tokens come, so its suffixes are the prefixes of the reversed context.
+    """
+    layer, n = block.contextual, context.shape[-2]
+
+    def own(tokens: int) -> Tensor:
+        return block.read(context[..., n - tokens :, :], query)
+
+    if hasattr(layer, "average"):
+        average = layer.average(context.flip(-2), query)
+        activations = average.read(average.heads())
+        if _differs(activations, own, n) is None:
+            return activations.flip(-2)
+    return torch.stack([own(tokens) for tokens in range(n, -1, -1)], dim=-2)
+
+
+def _differs(activations: Tensor, own: Callable[[int], Tensor], n: int) -> int | None:
+    """The first number of tokens, of none, one and all, for which the layer itself reads something else."""
+    # The two add up in different orders; a layer of another kind is wrong by far more than half the digits.
+    tolerance = torch.finfo(activations.dtype).eps ** 0.5
+    ends: Iterable[int] = dict.fromkeys((0, min(1, n), n))
+    for tokens in ends:
+        read = own(tokens)
+        distance = torch.linalg.vector_norm(activations[..., tokens, :] - read, dim=-1)
+        if not bool((distance <= tolerance * torch.linalg.vector_norm(read, dim=-1)).all()):
+            return tokens
+    return None

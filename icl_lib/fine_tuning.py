@@ -1,0 +1,68 @@
+r"""What reading examples is compared with: training the first linear map on them, one after another.
+
+Source: Dherin et al. (arXiv 2507.16003), Figure 4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icl_lib.block import ContextualBlock
+from icl_lib.dynamics.task import answers, task_gradients
+from icl_lib.low_rank import LowRank
+from icl_lib.regression import Prompts, prediction
+from icl_lib.validation import validated_by
+
+
+def _check_fine_tune(block: Any, prompts: Any, learning_rate: Any) -> None:
+    if not isinstance(block, ContextualBlock):
+        raise ValueError(f"block is a {type(block).__name__}: give a ContextualBlock.")
+    if not isinstance(prompts, Prompts):
+        raise ValueError(f"prompts is a {type(prompts).__name__}: give what sample_prompts returns.")
+    if prompts.context.shape[-2] == 0:
+        raise ValueError("prompts hold no examples: there is nothing to train on. Sample them with examples ≥ 1.")
+    if isinstance(learning_rate, bool) or not 0 <= learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate}: give a number that is not negative, such as 0.01.")
+
+
+@validated_by(_check_fine_tune)
+def fine_tune(block: ContextualBlock, prompts: Prompts, learning_rate: float | int) -> LowRank:
+    r"""Train the first linear map of a block by SGD on the examples of each prompt, one step an example.
+
+    $$W_i = W_{i-1} - \eta\, \nabla_{W'} \bigl(T_{W'}(x_i) - y_i\bigr)^2 \Big|_{W' = W_{i-1}}, \qquad W_0 = W$$
+
+    The block sees the input of an example as a bare query, $(x_i, 0)$ without a context, and answers in the last
+    coordinate. Every prompt trains a map of its own, and nothing else is trained. Source: Dherin et al., Figure 4.
+
+    Each step has rank one. Returns all of them, side by side: ``[count, out, in]``, of rank at most $N$; the first $i$
+    of its terms, ``.first(i)``, are $W_i - W$. The block is left as it was.
+
+    Raises `ValueError` for prompts without examples and for a learning rate that is negative or not finite.
+
+    >>> from icl_lib import MeanPooling
+    >>> from icl_lib.regression import sample_prompts
+    >>> block = ContextualBlock(MeanPooling(), torch.nn.Linear(3, 3)).double()
+    >>> fine_tune(block, sample_prompts(count=4, examples=10, features=2, seed=0), 0.01)
+    LowRank(shape=(4, 3, 3), rank≤10, dtype=torch.float64, device=cpu)
+    """
+    inputs, outputs = prompts.context.clone(), prompts.context[..., -1]
+    inputs[..., -1] = 0
+    weight = block.first_linear.weight
+    steps = LowRank(*(weight.new_zeros(len(inputs), size, 0) for size in weight.shape))
+    for query, answer in zip(inputs.unbind(1), outputs.unbind(1), strict=True):
+        gradient = task_gradients(block, steps, query, lambda output, y=answer: (prediction(output) - y).square())
+        steps = steps - learning_rate * gradient
+    return steps
+
+
+def fine_tuned_losses(block: ContextualBlock, prompts: Prompts, steps: LowRank) -> Float[Tensor, "count steps"]:
+    r"""The squared error at each prompt's query after $0, 1, \dots, N$ of the ``steps`` that :func:`fine_tune` took.
+
+    The block answers the bare query, with the weights $W_i$ and no context.
+    """
+    outputs = [answers(block, steps.first(count), prompts.query) for count in range(steps.left.shape[-1] + 1)]
+    return (prediction(torch.stack(outputs, dim=-2)) - prompts.target.unsqueeze(-1)).square()

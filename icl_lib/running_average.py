@@ -1,0 +1,95 @@
+r"""What a query reads from a growing context, where a layer takes an average over tokens.
+
+Softmax attention, linear attention and mean pooling have this in common. When token $c_i$ joins the tokens before it,
+each head moves a part of the way towards that token's value:
+
+$$r_i^h = r_{i-1}^h + \alpha_i^h\,(v_i^h - r_{i-1}^h), \qquad a_i = \sum_h W_O^h\, r_i^h = A(c_1 \dots c_i, x).$$
+
+For softmax attention the rate $\alpha_i$ is the attention weight of $c_i$ among $c_1 \dots c_i, x$; for a plain average
+it is $1/(i + 1)$. :func:`icl_lib.symbolic.softmax_recursion` derives it. The recursion asks that a new token leaves the
+earlier keys and values, and the query, as they were: positions counted from the end break it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RunningAverage:
+    r"""The averages of all heads while a context grows.
+
+    Attributes:
+        rates: $\alpha_i^h$, ``[*batch, n, heads]``.
+        values: $v_i^h$, what head $h$ would read from token $i$ alone, ``[*batch, n, heads, head_dim]``.
+        start: $r_0^h$, what it reads from the query alone, ``[*batch, heads, head_dim]``.
+        output: $W_O$, which adds up the heads, ``[out, heads * head_dim]``; None for one head that is the result.
+
+    >>> average = RunningAverage(
+    ...     rates=torch.tensor([[1 / 2], [1 / 3]]),
+    ...     values=torch.tensor([[[4.0]], [[7.0]]]),
+    ...     start=torch.tensor([[1.0]]),
+    ... )
+    >>> average.read(average.heads())  # of 1; of 1, 4; of 1, 4, 7
+    tensor([[1.0000],
+            [2.5000],
+            [4.0000]])
+    """
+
+    rates: Float[Tensor, "*batch n heads"]
+    values: Float[Tensor, "*batch n heads head_dim"]
+    start: Float[Tensor, "*batch heads head_dim"]
+    output: Float[Tensor, "out width"] | None = None
+
+    def heads(self) -> Float[Tensor, "*batch steps heads head_dim"]:
+        """What each head has read after 0, 1, …, n tokens, in one pass over them."""
+        return running_average(self.rates, self.values, self.start)
+
+    def read(self, heads: Float[Tensor, "*some heads head_dim"]) -> Float[Tensor, "*some out"]:
+        """What the layer returns when its heads have read this."""
+        together = heads.flatten(-2)
+        return together if self.output is None else together @ self.output.mT
+
+    def read_each(self, heads: Float[Tensor, "*some heads head_dim"]) -> Float[Tensor, "*some heads out"]:
+        """The share of each head in what the layer returns."""
+        if self.output is None:
+            return heads
+        by_head = self.output.unflatten(-1, heads.shape[-2:])
+        return torch.einsum("...hd,ohd->...ho", heads, by_head)
+
+    def __getitem__(self, index: Any) -> RunningAverage:
+        """Index the leading dimensions."""
+        return RunningAverage(self.rates[index], self.values[index], self.start[index], self.output)
+
+
+def running_average(
+    rates: Float[Tensor, "*batch n heads"],
+    values: Float[Tensor, "*batch n heads head_dim"],
+    start: Float[Tensor, "*batch heads head_dim"],
+) -> Float[Tensor, "*batch n+1 heads head_dim"]:
+    r"""All of $r_i = (1 - \alpha_i)\, r_{i-1} + \alpha_i v_i$, from $r_0$ to $r_n$.
+
+    Two steps in a row are a step of the same form, so pairs of steps are joined, then pairs of pairs: $\log_2 n$ rounds
+    over all tokens at once, and no sum of exponentials that could overflow.
+
+    >>> rates = torch.tensor([[0.5], [0.5], [0.5]])
+    >>> running_average(rates, torch.ones(3, 1, 1), torch.zeros(1, 1)).flatten()
+    tensor([0.0000, 0.5000, 0.7500, 0.8750])
+    """
+    moved = rates.unsqueeze(-1) * values
+    kept = (1 - rates).unsqueeze(-1)
+    reach, n = 1, rates.shape[-2]
+    while reach < n:
+        earlier, later = slice(None, -reach), slice(reach, None)
+        joined = moved[..., later, :, :] + kept[..., later, :, :] * moved[..., earlier, :, :]
+        both = kept[..., later, :, :] * kept[..., earlier, :, :]
+        moved = torch.cat([moved[..., :reach, :, :], joined], dim=-3)
+        kept = torch.cat([kept[..., :reach, :, :], both], dim=-3)
+        reach *= 2
+    start = start.unsqueeze(-3)
+    return torch.cat([start, moved + kept * start], dim=-3)
