@@ -19,7 +19,9 @@ LAYERS = [
     "plots.token_by_token widgets.page widgets.playground widgets.explorer",
     "symbolic.notation symbolic.derivation symbolic.least_norm symbolic.any_size symbolic.solutions "
     "symbolic.skip_connection symbolic.attention symbolic.normalization symbolic.residual_block "
-    "symbolic.every_position symbolic.stacked symbolic.alignment symbolic.hidden_units",
+    "symbolic.every_position symbolic.stacked symbolic.alignment symbolic.hidden_units symbolic.token_step "
+    "symbolic.sum_of_steps symbolic.eating symbolic.from_left symbolic.recursion symbolic.averaging symbolic.lms "
+    "symbolic.lms_heads",
 ]
 
 

@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
     error: np.ndarray | float
 
 
-def estimate(values: Float[Tensor, "prompts *tokens"]) -> Estimate:
+def estimate(values: Float[Tensor, "*prompts_and_tokens"]) -> Estimate:
     """The mean over prompts, and its standard error; what is not a number is left out.
 
     >>> mean, error = estimate(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))

@@ -11,17 +11,33 @@ from icl_lib.plots.every_block import (
     varied,
 )
 from icl_lib.plots.one_block import removal, solution_family, training_curves
+from icl_lib.plots.token_by_token import (
+    increments,
+    invented_losses,
+    learning,
+    ranks,
+    scrubbed,
+    step_cosines,
+    token_losses,
+)
 
 __all__ = [
     "alignments",
     "differences",
     "errors_by_block",
+    "increments",
+    "invented_losses",
+    "learning",
     "losses",
     "norms",
+    "ranks",
     "removal",
     "renumberings",
     "scaling",
+    "scrubbed",
     "solution_family",
+    "step_cosines",
+    "token_losses",
     "training_curves",
     "varied",
 ]

@@ -181,7 +181,10 @@ def _entry_by_entry(derivation: Derivation, module: Any) -> Callable[..., Any]:
 
 def _whole_matrices(derivation: Derivation, module: Any) -> Callable[..., Any]:
     """Compile an expression of matrices whose sizes are symbols: any sizes when it is called."""
-    symbols = {symbol: sp.MatrixSymbol(name, *symbol.shape) for name, symbol in derivation.arguments.items()}
+    symbols = {
+        symbol: sp.MatrixSymbol(name, *symbol.shape) if derivation.shapes[name] else sp.Symbol(name)
+        for name, symbol in derivation.arguments.items()
+    }
     # SymPy has no name for a trace in NumPy.
     modules = [{"Trace": module.trace}, module.__name__]
     product = sp.lambdify(list(symbols.values()), derivation.result.xreplace(symbols), modules=modules)

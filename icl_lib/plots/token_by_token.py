@@ -1,0 +1,187 @@
+"""Pictures of a prompt read token by token: how the weights move, and what the moves are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from icl_lib.experiments.token_by_token import Estimate, TokenByToken
+from icl_lib.figures import COLOURS, INK, Figure, Row, figure
+
+SERIES = list(COLOURS.values())
+CONTROL = {"color": COLOURS["grey"], "linestyle": "--"}
+BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": "small", "columnspacing": 1}
+
+
+def increments(readings: Mapping[str, TokenByToken], title: str) -> Figure:
+    """How far each token moves the weights, on log–log axes, with what the running average predicts drawn on it.
+
+    ``readings`` by the name of the network; the last one is the control.
+    """
+    names = list(readings)
+    with figure(width=3.6, height=3.7) as (fig, ax):
+        for number, (name, reading) in enumerate(readings.items()):
+            style = CONTROL if number == len(names) - 1 else {"color": SERIES[number]}
+            token = np.arange(1, len(reading.norms.mean) + 1)
+            if reading.predicted:
+                ax.plot(token, reading.predicted.mean, color=style["color"], linewidth=7, alpha=0.35)
+            label = f"{name}, slope {_signed(reading.exponent)}"
+            _banded(ax, token, reading.norms, label=label, **style)
+        if any(reading.predicted for reading in readings.values()):
+            ax.plot([], [], color=INK, linewidth=7, alpha=0.25, label="predicted")
+        # Decades only where there are some: a flat curve gets a linear scale.
+        means = np.concatenate([reading.norms.mean for reading in readings.values()])
+        ax.set(title=title, xscale="log", yscale="log", xlabel="token", ylabel="how far it moves the weights")
+        ax.set_ylim(min(0.1, means.min()) / 1.3, max(2, means.max()) * 1.3)
+        ax.legend(ncols=1, **BELOW)
+    said = "; ".join(
+        f"{name} from {reading.norms.mean[0]:.2g} to {reading.norms.mean[-1]:.2g}, slope {_signed(reading.exponent)}"
+        for name, reading in readings.items()
+    )
+    return Figure(fig, f"{title}: norm of each token’s step against the token’s number, on log–log axes. {said}.")
+
+
+def learning(
+    reading: TokenByToken, sgd: Mapping[float, tuple[Estimate, Estimate]], title: str, ceiling: float | None = None
+) -> Figure:
+    """Error at the query after each example that is read, and after each example that SGD is trained on (Figure 4)."""
+    with figure(width=3.6, height=3.8) as (fig, ax):
+        step = np.arange(len(reading.loss.mean))
+        for number, (rate, (loss, _)) in enumerate(sgd.items()):
+            _banded(ax, step, loss, color=SERIES[number + 1], linestyle="--", label=f"SGD, rate {rate:g}")
+        _banded(ax, step, reading.loss, color=COLOURS["blue"], linewidth=2.4, label="reading, $W_i$")
+        ax.set(title=title, xlabel="examples seen", ylabel="squared error at the query", yscale="log")
+        if ceiling:
+            ax.set_ylim(ceiling / 1000, ceiling)
+        ax.legend(ncols=2, **BELOW)
+    ends = "; ".join(f"SGD at rate {rate:g}: {loss.mean[-1]:.2g}" for rate, (loss, _) in sgd.items())
+    return Figure(
+        fig,
+        f"{title}: squared error at the query against the number of examples. With the implicit weights it goes from "
+        f"{reading.loss.mean[0]:.2g} to {reading.loss.mean[-1]:.2g}. After all examples, {ends}.",
+    )
+
+
+def step_cosines(readings: Mapping[str, TokenByToken], of: str, title: str) -> Figure:
+    """The cosine between each token's step and a true descent direction; ``of`` names the attribute of a reading."""
+    with figure(width=3.5, height=3.5) as (fig, ax):
+        for number, (name, reading) in enumerate(readings.items()):
+            style = CONTROL if number == len(readings) - 1 else {"color": SERIES[number]}
+            cosine = getattr(reading, of)
+            _banded(ax, np.arange(1, len(cosine.mean) + 1), cosine, label=name, **style)
+        ax.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
+        ax.set(title=title, xlabel="token", ylabel="cosine", ylim=(-0.25, 1))
+        ax.legend(ncols=2, **BELOW)
+    means = "; ".join(f"{name} {getattr(reading, of).mean.mean():.2f}" for name, reading in readings.items())
+    return Figure(fig, f"{title}: cosine at each token. Mean over tokens: {means}; 1 would be gradient descent.")
+
+
+def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
+    """The normalised LMS loss of each token, before and after its own step, one picture a network."""
+    pictures = []
+    for name, reading in readings.items():
+        before, after = reading.lms_before, reading.lms_after
+        token = np.arange(1, len(before.mean) + 1)
+        with figure(width=3.5, height=3.3) as (fig, ax):
+            _banded(ax, token, before, color=COLOURS["vermillion"], label="before")
+            _banded(ax, token, after, color=COLOURS["blue"], label="after")
+            ax.set(title=name, xlabel="token", ylabel="the token’s own loss", xscale="log", ylim=(0, None))
+            ax.legend(ncols=2, **BELOW)
+        pictures.append(
+            Figure(
+                fig,
+                f"{name}: the loss of each token before its step and after. First token: {before.mean[0]:.2g} and "
+                f"{after.mean[0]:.2g}; last token: {before.mean[-1]:.3g} and {after.mean[-1]:.3g}.",
+            )
+        )
+    return Row(*pictures)
+
+
+def ranks(from_left: Mapping[str, Estimate], bound: int) -> Figure:
+    """The rank of the edit against tokens eaten, from the left and as one edit of the whole prefix."""
+    with figure(width=4.4, height=3.5) as (fig, ax):
+        for number, (name, rank) in enumerate(from_left.items()):
+            style = CONTROL if number == len(from_left) - 1 else {"color": SERIES[number]}
+            _banded(ax, np.arange(len(rank.mean)), rank, label=f"from the left, {name}", **style)
+        eaten = np.arange(len(rank.mean))
+        ax.plot(eaten, np.minimum(eaten, bound), color=INK, linestyle=":", label="one a token, up to the bound")
+        ax.plot(eaten, np.minimum(eaten, 1), color=COLOURS["green"], label="$W_i - W$")
+        ax.set(xlabel="tokens eaten", ylabel="rank of the edit", ylim=(0, bound + 1))
+        ax.legend(ncols=2, **BELOW)
+    ends = "; ".join(f"{name} {rank.mean[-1]:.1f}" for name, rank in from_left.items())
+    return Figure(fig, f"Rank of the edit against tokens eaten. From the left, after all: {ends}. In one edit: 1.")
+
+
+def scrubbed(
+    token: int,
+    update: np.ndarray,
+    step: np.ndarray,
+    rate: float,
+    predictions: Sequence[float],
+    right: float,
+    limit: float,
+) -> Row:
+    """One moment of the reading: the edit so far, the step that this token takes, and the answers up to here.
+
+    Args:
+        token: how many tokens have been read.
+        update: $W_i - W$, ``[out, in]``.
+        step: $W_i - W_{i-1}$, of the same shape.
+        rate: $\\alpha_i$, or its mean over heads.
+        predictions: the answer after 0, 1, … tokens, all of them.
+        right: the right answer.
+        limit: where the colours of the two matrices end.
+    """
+    with figure(width=3.6, height=3.3, columns=2) as (heat, axes):
+        for ax, matrix, title in zip(axes, (update, step), ("$W_i - W$", f"step, α = {rate:.3f}"), strict=True):
+            ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+            ax.set(title=title, xticks=[], yticks=[])
+            ax.grid(visible=False)
+            ax.spines[:].set_visible(False)
+        axes[0].set(ylabel="hidden units", xlabel="what is read")
+    with figure(width=3.3, height=3.3) as (answers, ax):
+        ax.axhline(right, color=COLOURS["green"], linestyle=":", label="right answer")
+        ax.plot(range(len(predictions)), predictions, color=COLOURS["blue"], alpha=0.3)
+        ax.plot(range(token + 1), predictions[: token + 1], color=COLOURS["blue"], label="answer with $W_i$")
+        ax.plot(token, predictions[token], "o", color=COLOURS["blue"], markersize=9)
+        ax.set(title=f"after {token} examples", xlabel="examples read")
+        ax.legend(fontsize="small")
+    return Row(
+        Figure(
+            heat,
+            f"After {token} tokens: two heat maps. The edit so far has norm {np.linalg.norm(update):.2f}; the step of the "
+            f"last token, taken at the rate {rate:.3f}, has norm {np.linalg.norm(step):.3f}.",
+        ),
+        Figure(
+            answers,
+            f"After {token} examples the answer is {predictions[token]:.3f}; the right one is {right:.3f}.",
+        ),
+    )
+
+
+def invented_losses(before: Sequence[float], after: Sequence[float], title: str) -> Figure:
+    """Losses that were read off given steps, each before its step and after it."""
+    token = np.arange(1, len(before) + 1)
+    with figure(width=4.4, height=3.2) as (fig, ax):
+        ax.plot(token, before, color=COLOURS["vermillion"], label="before")
+        ax.plot(token, after, color=COLOURS["blue"], label="after")
+        ax.set(title=title, xlabel="step", ylabel="its loss")
+        ax.legend(ncols=2, **BELOW)
+    fell = np.mean(np.asarray(after) < np.asarray(before))
+    return Figure(fig, f"{title}: the loss of each step before and after it; it falls in {fell:.0%} of {len(token)}.")
+
+
+def _banded(ax: Axes, x: Any, series: Estimate, **style: Any) -> None:
+    """A curve with a band of one standard error on each side."""
+    ax.fill_between(
+        x, series.mean - series.error, series.mean + series.error, color=style["color"], alpha=0.25, linewidth=0
+    )
+    ax.plot(x, series.mean, **style)
+
+
+def _signed(slope: Estimate) -> str:
+    """A slope and its standard error, with the sign that the axes use."""
+    return f"{slope.mean:.2f} ± {slope.error:.2f}".replace("-", "\N{MINUS SIGN}")
