@@ -127,7 +127,7 @@ class SoftmaxAttention(_MultiHead):
 
     @validated_by(check_layer_prompt)
     def average(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> RunningAverage:
-        r"""The average that the query takes, token by token; $\alpha_i$ is its weight for $c_i$ among $c_1 \dots c_i, x$.
+        r"""The average that it takes, token by token; $\alpha_i$ is the attention to $c_i$ among $c_1 \dots c_i, x$.
 
         >>> layer = SoftmaxAttention(dim=4).double()
         >>> context, query = torch.randn(7, 4).double(), torch.randn(4).double()

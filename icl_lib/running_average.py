@@ -41,10 +41,10 @@ class RunningAverage:
             [4.0000]])
     """
 
-    rates: Float[Tensor, "*batch n heads"]
-    values: Float[Tensor, "*batch n heads head_dim"]
-    start: Float[Tensor, "*batch heads head_dim"]
-    output: Float[Tensor, "out width"] | None = None
+    rates: Tensor
+    values: Tensor
+    start: Tensor
+    output: Tensor | None = None
 
     def heads(self) -> Float[Tensor, "*batch steps heads head_dim"]:
         """What each head has read after 0, 1, …, n tokens, in one pass over them."""

@@ -1,6 +1,7 @@
 """A prompt read token by token: against separate passes over each prefix, and gradients that autograd takes."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_the_trajectory_is_the_theorem_for_every_prefix(name, n):
     weights = dense_weights(block, context, query)
     for i, weight in enumerate(weights):
         close(path.weight + path.updates[i].dense(), weight)
-    for i, (before, after) in enumerate(zip(weights, weights[1:], strict=False)):
+    for i, (before, after) in enumerate(itertools.pairwise(weights)):
         close(path.increments[i].dense(), after - before, scale=weights[0].abs().max())
         close(path.marginal_norms[i], (after - before).norm(), scale=weights[0].norm())
     # Editing the weights and running the block on the bare query gives what it gives for each prefix.

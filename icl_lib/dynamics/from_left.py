@@ -6,8 +6,8 @@ $$P_0 = W, \qquad P_{i+1} = P_i + \frac{P_i (s_i - s_{i+1})\, s_{i+1}^\top}{\lVe
   P_i\, s_i = W A(C, x) .$$
 
 After each token the block with the weights $P_i$, reading what is left of the prompt, answers as it answered to all of
-it. The rank of $P_i - W$ grows by one with each token, up to the size of $W$, while :func:`icl_lib.trajectory` stays at
-rank one: another path between the same answers.
+it. The rank of $P_i - W$ grows by one with each token, up to the size of $W$, while :func:`icl_lib.dynamics.trajectory`
+stays at rank one: another path between the same answers.
 
 Source: Dherin et al. (arXiv 2507.16003), Appendix B.
 """
@@ -37,7 +37,7 @@ class EatenFromLeft:
     """
 
     steps: LowRank
-    suffixes: Float[Tensor, "*batch steps in_"]
+    suffixes: Tensor
 
     def after(self, tokens: int) -> LowRank:
         """$P_i - W$ once ``tokens`` tokens are eaten: ``[*batch, out, in]``, of rank at most ``tokens``."""

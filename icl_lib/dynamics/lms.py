@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from icl_lib.dynamics.path import Trajectory
@@ -41,12 +40,12 @@ class NormalisedLMS:
             what the norms of the increments must be.
     """
 
-    rates: Float[Tensor, "*batch n heads"]
-    step_sizes: Float[Tensor, "*batch n heads"]
-    targets: Float[Tensor, "*batch n heads out"]
-    before: Float[Tensor, "*batch n heads"]
-    after: Float[Tensor, "*batch n heads"]
-    marginal_norms: Float[Tensor, "*batch n"]
+    rates: Tensor
+    step_sizes: Tensor
+    targets: Tensor
+    before: Tensor
+    after: Tensor
+    marginal_norms: Tensor
 
 
 def _check_normalised_lms(path: Any) -> None:

@@ -95,7 +95,7 @@ def trajectory(
     $$T_W(c_1 \dots c_i, x) = T_{W_i}(x), \qquad W_i = W + \frac{W (a_i - a_0)\, a_0^\top}{\lVert a_0 \rVert^2}$$
 
     Source: Dherin et al. (arXiv 2507.16003), Section 3. One pass and $O(n)$ memory for layers that average over tokens
-    or keep a state (:func:`icl_lib.dynamics.prefixes.read_prefixes`); one pass for each prefix for others.
+    or keep a state, as :mod:`icl_lib.contextual` says; one pass for each prefix for others.
 
     Shapes: ``context`` ``[*batch, n, dim]`` with ``n ≥ 1``, ``query`` ``[*batch, dim]``. The block is left as it was.
 

@@ -152,7 +152,7 @@ def scrubbed(
     return Row(
         Figure(
             heat,
-            f"After {token} tokens: two heat maps. The edit so far has norm {np.linalg.norm(update):.2f}; the step of the "
+            f"After {token} tokens: two heat maps. The edit has norm {np.linalg.norm(update):.2f}; the step of the "
             f"last token, taken at the rate {rate:.3f}, has norm {np.linalg.norm(step):.3f}.",
         ),
         Figure(
