@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from icl_lib.environment import building_book
-from icl_lib.transformer import Transformer
 from icl_lib.validation import require_size
 
 
@@ -135,7 +134,8 @@ class Trainer:
     """A model in training: everything that the next step depends on, so that a run can stop and go on elsewhere.
 
     Args:
-        build: makes the untrained model; it is called with the random generator seeded by ``settings.seed``, and the
+        build: makes the untrained model, any module with a method ``at_query(sequence)``, such as a
+            :class:`~icl_lib.transformer.Transformer` or a :class:`~icl_lib.block.ContextualBlock`; it is called with the random generator seeded by ``settings.seed``, and the
             global generator is put back afterwards.
         settings: see :class:`TrainingSettings`.
 
@@ -143,7 +143,7 @@ class Trainer:
         model: the model, as it is now.
         step: optimiser steps taken.
 
-    >>> from icl_lib import TransformerConfig
+    >>> from icl_lib import Transformer, TransformerConfig
     >>> settings = TrainingSettings(steps=2, batch=4, examples=5)
     >>> first, again = (Trainer(lambda: Transformer(TransformerConfig(dim=3)), settings) for _ in range(2))
     >>> _, state = first.advance(), first.state_dict()
@@ -155,7 +155,7 @@ class Trainer:
 
     def __init__(
         self,
-        build: Callable[[], Transformer],
+        build: Callable[[], nn.Module],
         settings: TrainingSettings,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
@@ -225,13 +225,13 @@ class Trainer:
 
 
 def train(
-    build: Callable[[], Transformer],
+    build: Callable[[], nn.Module],
     settings: TrainingSettings,
-    measure: Callable[[int, float, Transformer], None] | None = None,
+    measure: Callable[[int, float, nn.Module], None] | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
     progress: bool = True,
-) -> Transformer:
+) -> nn.Module:
     """Build a model and train it; the same settings give the same model, bit for bit, on the same machine.
 
     Args:

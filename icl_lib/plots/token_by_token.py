@@ -22,7 +22,7 @@ def increments(readings: Mapping[str, TokenByToken], title: str) -> Figure:
     ``readings`` by the name of the network; the last one is the control.
     """
     names = list(readings)
-    with figure(width=3.6, height=3.7) as (fig, ax):
+    with figure(width=3.3, height=3.6) as (fig, ax):
         for number, (name, reading) in enumerate(readings.items()):
             style = CONTROL if number == len(names) - 1 else {"color": SERIES[number]}
             token = np.arange(1, len(reading.norms.mean) + 1)
@@ -48,7 +48,7 @@ def learning(
     reading: TokenByToken, sgd: Mapping[float, tuple[Estimate, Estimate]], title: str, ceiling: float | None = None
 ) -> Figure:
     """Error at the query after each example that is read, and after each example that SGD is trained on (Figure 4)."""
-    with figure(width=3.6, height=3.8) as (fig, ax):
+    with figure(width=3.3, height=3.7) as (fig, ax):
         step = np.arange(len(reading.loss.mean))
         for number, (rate, (loss, _)) in enumerate(sgd.items()):
             _banded(ax, step, loss, color=SERIES[number + 1], linestyle="--", label=f"SGD, rate {rate:g}")
@@ -67,7 +67,7 @@ def learning(
 
 def step_cosines(readings: Mapping[str, TokenByToken], of: str, title: str) -> Figure:
     """The cosine between each token's step and a true descent direction; ``of`` names the attribute of a reading."""
-    with figure(width=3.5, height=3.5) as (fig, ax):
+    with figure(width=3.3, height=3.4) as (fig, ax):
         for number, (name, reading) in enumerate(readings.items()):
             style = CONTROL if number == len(readings) - 1 else {"color": SERIES[number]}
             cosine = getattr(reading, of)
@@ -85,7 +85,7 @@ def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
     for name, reading in readings.items():
         before, after = reading.lms_before, reading.lms_after
         token = np.arange(1, len(before.mean) + 1)
-        with figure(width=3.5, height=3.3) as (fig, ax):
+        with figure(width=3.3, height=3.2) as (fig, ax):
             _banded(ax, token, before, color=COLOURS["vermillion"], label="before")
             _banded(ax, token, after, color=COLOURS["blue"], label="after")
             ax.set(title=name, xlabel="token", ylabel="the token’s own loss", xscale="log", ylim=(0, None))
@@ -105,9 +105,9 @@ def ranks(from_left: Mapping[str, Estimate], bound: int) -> Figure:
     with figure(width=4.4, height=3.5) as (fig, ax):
         for number, (name, rank) in enumerate(from_left.items()):
             style = CONTROL if number == len(from_left) - 1 else {"color": SERIES[number]}
-            _banded(ax, np.arange(len(rank.mean)), rank, label=f"from the left, {name}", **style)
+            _banded(ax, np.arange(len(rank.mean)), rank, label=f"left, {name}", **style)
         eaten = np.arange(len(rank.mean))
-        ax.plot(eaten, np.minimum(eaten, bound), color=INK, linestyle=":", label="one a token, up to the bound")
+        ax.plot(eaten, np.minimum(eaten, bound), color=INK, linestyle=":", label="one a token, at most")
         ax.plot(eaten, np.minimum(eaten, 1), color=COLOURS["green"], label="$W_i - W$")
         ax.set(xlabel="tokens eaten", ylabel="rank of the edit", ylim=(0, bound + 1))
         ax.legend(ncols=2, **BELOW)
@@ -135,14 +135,14 @@ def scrubbed(
         right: the right answer.
         limit: where the colours of the two matrices end.
     """
-    with figure(width=3.6, height=3.3, columns=2) as (heat, axes):
+    with figure(width=3.3, height=3.1, columns=2) as (heat, axes):
         for ax, matrix, title in zip(axes, (update, step), ("$W_i - W$", f"step, α = {rate:.3f}"), strict=True):
             ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
             ax.set(title=title, xticks=[], yticks=[])
             ax.grid(visible=False)
             ax.spines[:].set_visible(False)
         axes[0].set(ylabel="hidden units", xlabel="what is read")
-    with figure(width=3.3, height=3.3) as (answers, ax):
+    with figure(width=3.2, height=3.1) as (answers, ax):
         ax.axhline(right, color=COLOURS["green"], linestyle=":", label="right answer")
         ax.plot(range(len(predictions)), predictions, color=COLOURS["blue"], alpha=0.3)
         ax.plot(range(token + 1), predictions[: token + 1], color=COLOURS["blue"], label="answer with $W_i$")

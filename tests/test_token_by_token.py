@@ -1,0 +1,126 @@
+"""The data of the token-by-token figures, against plain loops; and pictures that say what was measured."""
+
+import numpy as np
+import pytest
+import torch
+
+from icl_lib import ContextualBlock, SoftmaxAttention, Transformer, implicit_update, plots
+from icl_lib.experiments import (
+    ONE_BLOCK,
+    compare_with_sgd,
+    decay_exponent,
+    estimate,
+    ranks_from_left,
+    read_token_by_token,
+    recurrent_block,
+)
+from icl_lib.regression import TrainingSettings, sample_prompts, train
+
+PROMPTS = sample_prompts(count=6, examples=9, features=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    torch.manual_seed(0)
+    return {
+        "attention": Transformer(ONE_BLOCK).double().requires_grad_(False).contextual_block(),
+        "GRU": recurrent_block().double().requires_grad_(False),
+    }
+
+
+def test_estimate_is_the_mean_and_its_standard_error():
+    values = torch.randn(50, 7, dtype=torch.float64)
+    mean, error = estimate(values)
+    np.testing.assert_allclose(mean, values.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(error, values.numpy().std(0, ddof=1) / 50**0.5, rtol=1e-12)
+    values[3, 2] = torch.nan
+    again = estimate(values)
+    np.testing.assert_allclose(again.mean[2], np.delete(values.numpy()[:, 2], 3).mean(), rtol=1e-12)
+    with pytest.raises(ValueError, match="two finite prompts or more"):
+        estimate(values[:1])
+
+
+def test_decay_exponent_against_polyfit():
+    norms = torch.rand(5, 30, dtype=torch.float64) + 0.1
+    slopes = [np.polyfit(np.log(np.arange(2, 31)), np.log(one[1:]), 1)[0] for one in norms.numpy()]
+    found = decay_exponent(norms)
+    assert found.mean == pytest.approx(np.mean(slopes), rel=1e-10)
+    assert found.error == pytest.approx(np.std(slopes, ddof=1) / 5**0.5, rel=1e-10)
+
+
+@pytest.mark.parametrize("name", ["attention", "GRU"])
+def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
+    block = blocks[name]
+    reading = read_token_by_token(block, PROMPTS)
+    norms, losses, towards = np.zeros((6, 9)), np.zeros((6, 10)), np.zeros((6, 9))
+    for k in range(6):
+        context, query, target = PROMPTS.context[k], PROMPTS.query[k], PROMPTS.target[k]
+        weights = [block.first_linear.weight]
+        for i in range(1, 10):
+            weights.append(weights[0] + implicit_update(block, context[:i], query).weight.dense())
+            norms[k, i - 1] = (weights[-1] - weights[-2]).norm()
+        for i in range(10):
+            losses[k, i] = (block(context[:i], query)[-1] - target).square()
+        for i in range(9):
+            at = weights[i].clone().requires_grad_()
+            name = f"mlp.{block._first}.weight"
+            output = torch.func.functional_call(block, {name: at}, (context[:0], query))
+            (gradient,) = torch.autograd.grad((output[-1] - target).square(), at)
+            step = weights[i + 1] - weights[i]
+            towards[k, i] = -(gradient * step).sum() / gradient.norm() / step.norm()
+    np.testing.assert_allclose(reading.norms.mean, norms.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(reading.loss.mean, losses.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(reading.towards_answer.mean, towards.mean(0), rtol=1e-8, atol=1e-12)
+    assert reading.exact < 1e-12
+    assert not np.allclose(reading.towards_example.mean, reading.towards_answer.mean, rtol=1e-2)
+    assert (reading.agreement is None) == (block is blocks["GRU"])
+    if reading.agreement is not None:
+        assert reading.agreement < 1e-11
+        np.testing.assert_allclose(reading.predicted.mean, norms.mean(0), rtol=1e-10)
+
+
+def test_training_moves_what_a_test_of_learning_should_see():
+    """A short training run: the loss after the examples falls, and the steps turn towards the task; GRUs train too."""
+    settings = TrainingSettings(steps=150, batch=64, examples=20, learning_rate=1e-2)
+    prompts = sample_prompts(count=100, examples=20, features=2, seed=2)
+    torch.manual_seed(0)
+    before = read_token_by_token(Transformer(ONE_BLOCK).double().contextual_block(), prompts)
+    model = train(lambda: Transformer(ONE_BLOCK), settings, dtype=torch.float32, progress=False).double()
+    after = read_token_by_token(model.contextual_block(), prompts)
+    assert after.loss.mean[-1] < 0.5 * before.loss.mean[-1]
+    assert after.towards_example.mean.mean() > 0.05 > abs(before.towards_example.mean.mean())
+    assert isinstance(train(recurrent_block, TrainingSettings(steps=2, examples=5), progress=False), ContextualBlock)
+
+
+def test_compare_with_sgd_and_ranks(blocks):
+    compared = compare_with_sgd(blocks["attention"], PROMPTS, [1e-9, 0.05])
+    still, moving = compared[1e-9][0].mean, compared[0.05][0].mean
+    assert still.shape == moving.shape == (10,)
+    np.testing.assert_allclose(still, still[0], rtol=1e-6)  # such steps are too small to see
+    assert not np.allclose(moving, still, rtol=1e-3)
+    ranks = ranks_from_left(blocks["attention"], PROMPTS)
+    assert ranks.mean.tolist() == list(range(10))
+
+
+def test_pictures_say_what_was_measured(blocks):
+    reading = {"first": read_token_by_token(blocks["attention"], PROMPTS)}
+    reading["second"] = read_token_by_token(blocks["attention"], sample_prompts(6, 9, 2, seed=3))
+    norms = plots.increments(reading, "steps")
+    assert f"first from {reading['first'].norms.mean[0]:.2g} to" in norms.alt
+    assert "predicted" in norms.svg
+    assert "predicted" not in plots.increments({"GRU": read_token_by_token(blocks["GRU"], PROMPTS)}, "steps").svg
+    cosines = plots.step_cosines(reading, "towards_example", "cosines")
+    assert f"second {reading['second'].towards_example.mean.mean():.2f}" in cosines.alt
+    sgd = compare_with_sgd(blocks["attention"], PROMPTS, [0.05])
+    assert f"SGD at rate 0.05: {sgd[0.05][0].mean[-1]:.2g}" in plots.learning(reading["first"], sgd, "learning").alt
+    row = plots.scrubbed(2, np.ones((4, 3)), np.zeros((4, 3)), 0.25, [0.0, 0.5, 1.0], right=0.8, limit=1.0)
+    assert "the answer is 1.000; the right one is 0.800" in row.pictures[1].alt
+    falling = plots.invented_losses([1.0, 2.0], [0.0, 3.0], "losses")
+    assert "it falls in 50% of 2" in falling.alt
+
+
+def test_one_head_is_one_rate():
+    torch.manual_seed(0)
+    block = ContextualBlock(SoftmaxAttention(3), torch.nn.Linear(3, 3)).double()
+    reading = read_token_by_token(block, PROMPTS)
+    assert reading.lms_after.mean[-1] < reading.lms_before.mean[-1]
