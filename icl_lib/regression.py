@@ -135,8 +135,8 @@ class Trainer:
 
     Args:
         build: makes the untrained model, any module with a method ``at_query(sequence)``, such as a
-            :class:`~icl_lib.transformer.Transformer` or a :class:`~icl_lib.block.ContextualBlock`; it is called with the random generator seeded by ``settings.seed``, and the
-            global generator is put back afterwards.
+            :class:`~icl_lib.transformer.Transformer` or a :class:`~icl_lib.block.ContextualBlock`; it is called with
+            the random generator seeded by ``settings.seed``, and the global generator is put back afterwards.
         settings: see :class:`TrainingSettings`.
 
     Attributes:
