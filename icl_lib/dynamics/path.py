@@ -37,7 +37,7 @@ class Trajectory:
         prefixes: $a_0 \dots a_n$, and the running average that they are, if they are one.
     """
 
-    weight: Float[Tensor, "out in_"]
+    weight: Tensor
     prefixes: Prefixes
 
     @property
