@@ -5,6 +5,7 @@ Source: Dherin et al. (arXiv 2507.16003), Figure 4.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from icl_lib.block import ContextualBlock
 from icl_lib.dynamics.task import answers, task_gradients
 from icl_lib.low_rank import LowRank
-from icl_lib.regression import Prompts, prediction
+from icl_lib.regression import Prompts, squared_error
 from icl_lib.validation import validated_by
 
 
@@ -49,20 +50,25 @@ def fine_tune(block: ContextualBlock, prompts: Prompts, learning_rate: float | i
     >>> fine_tune(block, sample_prompts(count=4, examples=10, features=2, seed=0), 0.01)
     LowRank(shape=(4, 3, 3), rank≤10, dtype=torch.float64, device=cpu)
     """
-    inputs, outputs = prompts.context.clone(), prompts.context[..., -1]
-    inputs[..., -1] = 0
-    weight = block.first_linear.weight
-    steps = LowRank(*(weight.new_zeros(len(inputs), size, 0) for size in weight.shape))
-    for query, answer in zip(inputs.unbind(1), outputs.unbind(1), strict=True):
-        gradient = task_gradients(block, steps, query, lambda output, y=answer: (prediction(output) - y).square())
+    weight, questions, right = block.first_linear.weight, prompts.questions, prompts.context[..., -1]
+    steps = LowRank(*(weight.new_zeros(len(questions), size, 0) for size in weight.shape))
+    for question, answer in zip(questions.unbind(1), right.unbind(1), strict=True):
+        gradient = task_gradients(block, steps, question, functools.partial(squared_error, answer=answer))
         steps = steps - learning_rate * gradient
     return steps
 
 
+def _check_losses(block: Any, prompts: Any, steps: Any) -> None:
+    _check_fine_tune(block, prompts, 0)
+    if not isinstance(steps, LowRank):
+        raise ValueError(f"steps is a {type(steps).__name__}: give what fine_tune returns.")
+
+
+@validated_by(_check_losses)
 def fine_tuned_losses(block: ContextualBlock, prompts: Prompts, steps: LowRank) -> Float[Tensor, "count steps"]:
     r"""The squared error at each prompt's query after $0, 1, \dots, N$ of the ``steps`` that :func:`fine_tune` took.
 
     The block answers the bare query, with the weights $W_i$ and no context.
     """
     outputs = [answers(block, steps.first(count), prompts.query) for count in range(steps.left.shape[-1] + 1)]
-    return (prediction(torch.stack(outputs, dim=-2)) - prompts.target.unsqueeze(-1)).square()
+    return squared_error(torch.stack(outputs, dim=-2), prompts.target.unsqueeze(-1))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -47,6 +47,18 @@ class Prompts:
     def query(self) -> Float[Tensor, "count dim"]:
         """The query token."""
         return self.sequence[:, -1]
+
+    @property
+    def questions(self) -> Float[Tensor, "count n dim"]:
+        """The examples asked as bare queries, ``(x_i, 0)``; their answers are ``context[..., -1]``."""
+        questions = self.context.clone()
+        questions[..., -1] = 0
+        return questions
+
+    def in_order(self, order: Int[Tensor, " n"]) -> Prompts:
+        """The same prompts with their examples in another order, such as ``torch.randperm(n)``."""
+        sequence = torch.cat([self.context[:, order], self.sequence[:, -1:]], dim=1)
+        return Prompts(sequence, self.target, self.task)
 
 
 def sample_prompts(
@@ -84,9 +96,14 @@ def prediction(output: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
     return output[..., -1]
 
 
+def squared_error(output: Float[Tensor, "*batch dim"], answer: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch"]:
+    """The squared error of each answer in a model's outputs."""
+    return (prediction(output) - answer).square()
+
+
 def mean_squared_error(output: Float[Tensor, "count dim"], prompts: Prompts) -> Float[Tensor, ""]:
     """The task's loss for outputs at the query."""
-    return (prediction(output) - prompts.target).square().mean()
+    return squared_error(output, prompts.target).mean()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from icl_lib import GRU, ContextualBlock, LinearAttention, LowRank, MeanPooling, SoftmaxAttention, implicit_update
+from icl_lib import (
+    GRU,
+    ContextualBlock,
+    ImplicitUpdate,
+    LinearAttention,
+    LowRank,
+    MeanPooling,
+    SoftmaxAttention,
+    implicit_update,
+)
 from icl_lib.contextual import tokens
 from icl_lib.dynamics import answers, eaten_from_left, normalised_lms, step_alignment, task_gradients, trajectory
 from icl_lib.dynamics.prefixes import read_prefixes, read_suffixes
@@ -37,6 +46,13 @@ class Recency(nn.Module):
         return (decay[:, None] * tokens(context, query)).sum(-2)
 
 
+class Shuffled(MeanPooling):
+    """A layer whose `average` takes its tokens in another order: right for none, one and all of them."""
+
+    def average(self, context, query):
+        return super().average(torch.cat([context[..., :1, :], context[..., 1:, :].flip(-2)], dim=-2), query)
+
+
 AVERAGES = {
     "softmax, one head": lambda: SoftmaxAttention(DIM),
     "softmax, 4 heads": lambda: SoftmaxAttention(DIM, heads=4),
@@ -49,6 +65,7 @@ OTHERS = {
     "shifting": lambda: Shifting(DIM),
     "window": lambda: LastThree(DIM),
     "recency": Recency,
+    "shuffled": Shuffled,
 }
 LENGTHS = [1, 2, 8, 50]
 
@@ -94,6 +111,40 @@ def test_the_trajectory_is_the_theorem_for_every_prefix(name, n):
     for i in range(n + 1):
         close(answered[i], block(context[:i], query))
     assert not torch.allclose(answered[0], answered[n], rtol=1e-3)  # negative control
+
+
+@pytest.mark.parametrize("name", ["softmax, 4 heads", "GRU"])
+def test_with_a_skip_connection_the_bias_moves_too(name):
+    block, (context, query) = block_of({**AVERAGES, **OTHERS}[name](), skip=True), draw(8)
+    path, eaten = trajectory(block, context, query), eaten_from_left(block, context, query)
+    answered = answers(block, path.updates, query, path.bias_updates)
+    without = answers(block, path.updates, query)
+    for i in range(9):
+        close(answered[i], block(context[:i], query))
+        edited = ImplicitUpdate(eaten.after(i), eaten.bias_after(i)).apply(block)
+        close(edited(context[i:], query), block(context, query))
+    assert not torch.allclose(without[8], answered[8], rtol=1e-3)  # negative control: the weights alone do not do it
+    with pytest.raises(ValueError, match="bias is given and the block has no skip connection"):
+        answers(block_of(MeanPooling()), path.updates, query, path.bias_updates)
+
+
+def test_a_map_that_the_contextual_layer_shares_is_edited_in_the_mlp_only():
+    shared = nn.Linear(DIM, DIM)
+
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.projection = shared
+
+        def forward(self, context, query):
+            return self.projection(tokens(context, query)).mean(-2)
+
+    block = ContextualBlock(Projected(), nn.Sequential(shared, nn.GELU(), nn.Linear(DIM, DIM))).double()
+    context, query = draw(6)
+    path = trajectory(block, context, query)
+    close(answers(block, path.updates, query)[6], block(context, query))
+    gradient = task_gradients(block, path.updates, query, lambda output: output.sum(-1))
+    assert gradient.shape == (7, DIM, DIM)
 
 
 def test_batches_and_skips():
@@ -225,7 +276,11 @@ def test_the_same_check_passes_for_an_average():
 
 
 def test_the_reason_is_named():
-    for layer, reason in ((Shifting(DIM), "Do positions shift when a token is"), (Recency(), "it has no `average`")):
+    for layer, reason in (
+        (Shifting(DIM), "after 0 tokens the two differ. Do positions shift when a token is"),
+        (Shuffled(), "after 4 tokens the two differ"),
+        (Recency(), "it has no `average`"),
+    ):
         with pytest.raises(ValueError, match=reason):
             normalised_lms(trajectory(block_of(layer), *draw(8)))
 
@@ -269,7 +324,7 @@ def test_one_pass_is_enough_where_the_layer_allows_it(name):
     seen = []
     layer.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[-2]))
     read = read_prefixes(block, context, query)
-    assert sorted(seen) == [0, 1, 50], "the layer itself is run for the check only"
+    assert sorted(seen) == [0, 1, 25, 50], "the layer itself is run for the check only"
     assert (read.average is None) == (name == "GRU")
 
 
@@ -312,11 +367,12 @@ def test_task_gradients_are_autograds():
     def loss(output):
         return (output - target).square().sum(-1)
 
-    gradients = task_gradients(block, path.updates, query, loss)
+    gradients = task_gradients(block, path.updates, query, loss, path.bias_updates)
     for i in range(6):
         edited = copy.deepcopy(block)
         with torch.no_grad():
             edited.first_linear.weight.add_(path.updates[i].dense())
+            edited.last_linear.bias.add_(path.bias_updates[i])
         loss(edited(context[:0], query)).backward()
         close(gradients[i].dense(), edited.first_linear.weight.grad)
     assert not torch.allclose(gradients[0].dense(), gradients[5].dense(), rtol=1e-3)
@@ -354,6 +410,10 @@ def test_wrong_input():
         trajectory(ContextualBlock(MeanPooling(), nn.Linear(DIM, 3)).double(), context, 0 * query)
     with pytest.raises(ValueError, match="path is a Tensor: give what"):
         normalised_lms(query)
+    with pytest.raises(ValueError, match="path is a Tensor: give what"):
+        step_alignment(query, block, query, torch.sum)
+    with pytest.raises(ValueError, match=r"query has shape \(1, 1, 12\): give"):
+        step_alignment(path, block, query[None, None], torch.sum)
     with pytest.raises(ValueError, match="updates is a Tensor"):
         answers(block, query, query)
     with pytest.raises(ValueError, match="leading dimensions do not broadcast"):

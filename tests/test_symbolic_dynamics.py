@@ -223,14 +223,14 @@ class TestProof:
 class TestSteps:
     def test_any_two_matrices_have_such_a_loss(self):
         gradient = gradient_step(3, 2).step("Any two matrices").expression
-        h, first, second = sp.Symbol("h", positive=True), matrix("M^{i}", 3, 2), matrix("M^{i+1}", 3, 2)
+        h, first, second = sp.Symbol(r"\eta", positive=True), matrix("M^{i}", 3, 2), matrix("M^{i+1}", 3, 2)
         assert gradient.free_symbols == {h, *first, *second}
         assert zero(first - h * gradient - second)
 
     def test_only_the_rate_times_the_loss_is_determined(self):
         derivation = gradient_step(3, 2)
         asked, found = (derivation.step(name).expression for name in ("Its coefficients", "Rate"))
-        h = sp.Symbol("h", positive=True)
+        h = sp.Symbol(r"\eta", positive=True)
         assert zero(asked * h + derivation.result)
         assert h not in found.free_symbols
 

@@ -38,6 +38,8 @@ def test_estimate_is_the_mean_and_its_standard_error():
     np.testing.assert_allclose(again.mean[2], np.delete(values.numpy()[:, 2], 3).mean(), rtol=1e-12)
     with pytest.raises(ValueError, match="two finite prompts or more"):
         estimate(values[:1])
+    with pytest.raises(ValueError, match="norms has 2 tokens: a line from token 2 on needs 3 or more"):
+        decay_exponent(torch.rand(5, 2))
 
 
 def test_decay_exponent_against_polyfit():
@@ -52,7 +54,7 @@ def test_decay_exponent_against_polyfit():
 def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
     block = blocks[name]
     reading = read_token_by_token(block, PROMPTS)
-    norms, losses, towards = np.zeros((6, 9)), np.zeros((6, 10)), np.zeros((6, 9))
+    norms, losses, towards, ceilings = np.zeros((6, 9)), np.zeros((6, 10)), np.zeros((6, 9)), np.zeros((6, 9))
     for k in range(6):
         context, query, target = PROMPTS.context[k], PROMPTS.query[k], PROMPTS.target[k]
         weights = [block.first_linear.weight]
@@ -67,12 +69,20 @@ def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
             output = torch.func.functional_call(block, {name: at}, (context[:0], query))
             (gradient,) = torch.autograd.grad((output[-1] - target).square(), at)
             step = weights[i + 1] - weights[i]
+            question = context[i] * torch.tensor([1.0, 1.0, 0.0])
+            here, there = (block.read(context[:0], token) for token in (query, question))
+            ceilings[k, i] = abs(here @ there) / here.norm() / there.norm()
             towards[k, i] = -(gradient * step).sum() / gradient.norm() / step.norm()
     np.testing.assert_allclose(reading.norms.mean, norms.mean(0), rtol=1e-10)
     np.testing.assert_allclose(reading.loss.mean, losses.mean(0), rtol=1e-10)
-    np.testing.assert_allclose(reading.towards_answer.mean, towards.mean(0), rtol=1e-8, atol=1e-12)
+    found = reading.towards_answer
+    np.testing.assert_allclose(found.by_token.mean, towards.mean(0), rtol=1e-8, atol=1e-12)
+    assert found.mean.mean == pytest.approx(towards.mean(), rel=1e-8)
+    assert found.mean.error == pytest.approx(towards.mean(1).std(ddof=1) / 6**0.5, rel=1e-8)
+    assert (found.size, found.positive, found.ceiling) == pytest.approx((abs(towards).mean(), (towards > 0).mean(), 1))
     assert reading.exact < 1e-12
-    assert not np.allclose(reading.towards_example.mean, reading.towards_answer.mean, rtol=1e-2)
+    assert not np.allclose(reading.towards_example.by_token.mean, found.by_token.mean, rtol=1e-2)
+    assert reading.towards_example.size <= reading.towards_example.ceiling == pytest.approx(ceilings.mean(), rel=1e-8)
     assert (reading.agreement is None) == (block is blocks["GRU"])
     if reading.agreement is not None:
         assert reading.agreement < 1e-11
@@ -88,16 +98,17 @@ def test_training_moves_what_a_test_of_learning_should_see():
     model = train(lambda: Transformer(ONE_BLOCK), settings, dtype=torch.float32, progress=False).double()
     after = read_token_by_token(model.contextual_block(), prompts)
     assert after.loss.mean[-1] < 0.5 * before.loss.mean[-1]
-    assert after.towards_example.mean.mean() > 0.05 > abs(before.towards_example.mean.mean())
+    assert after.towards_example.mean.mean > 0.05 > abs(before.towards_example.mean.mean)
     assert isinstance(train(recurrent_block, TrainingSettings(steps=2, examples=5), progress=False), ContextualBlock)
 
 
 def test_compare_with_sgd_and_ranks(blocks):
     compared = compare_with_sgd(blocks["attention"], PROMPTS, [1e-9, 0.05])
-    still, moving = compared[1e-9][0].mean, compared[0.05][0].mean
+    still, moving = compared[1e-9].loss.mean, compared[0.05].loss.mean
     assert still.shape == moving.shape == (10,)
     np.testing.assert_allclose(still, still[0], rtol=1e-6)  # such steps are too small to see
     assert not np.allclose(moving, still, rtol=1e-3)
+    assert abs(compared[0.05].cosine.mean) <= compared[0.05].ceiling.mean < 1
     ranks = ranks_from_left(blocks["attention"], PROMPTS)
     assert ranks.mean.tolist() == list(range(10))
 
@@ -105,18 +116,32 @@ def test_compare_with_sgd_and_ranks(blocks):
 def test_pictures_say_what_was_measured(blocks):
     reading = {"first": read_token_by_token(blocks["attention"], PROMPTS)}
     reading["second"] = read_token_by_token(blocks["attention"], sample_prompts(6, 9, 2, seed=3))
-    norms = plots.increments(reading, "steps")
+    norms = plots.increments(reading, "second", "steps")
     assert f"first from {reading['first'].norms.mean[0]:.2g} to" in norms.alt
     assert "predicted" in norms.svg
-    assert "predicted" not in plots.increments({"GRU": read_token_by_token(blocks["GRU"], PROMPTS)}, "steps").svg
-    cosines = plots.step_cosines(reading, "towards_example", "cosines")
-    assert f"second {reading['second'].towards_example.mean.mean():.2f}" in cosines.alt
+    assert "predicted" not in plots.increments({"GRU": read_token_by_token(blocks["GRU"], PROMPTS)}, "", "steps").svg
+    cosines = {name: one.towards_example for name, one in reading.items()}
+    assert f"second {cosines['second'].mean}; it can be" in plots.step_cosines(cosines, "second", "cosines").alt
     sgd = compare_with_sgd(blocks["attention"], PROMPTS, [0.05])
-    assert f"SGD at rate 0.05: {sgd[0.05][0].mean[-1]:.2g}" in plots.learning(reading["first"], sgd, "learning").alt
+    assert f"SGD at rate 0.05: {sgd[0.05].loss.mean[-1]:.2g}" in plots.learning(reading["first"], sgd, "learning").alt
     row = plots.scrubbed(2, np.ones((4, 3)), np.zeros((4, 3)), 0.25, [0.0, 0.5, 1.0], right=0.8, limit=1.0)
     assert "the answer is 1.000; the right one is 0.800" in row.pictures[1].alt
     falling = plots.invented_losses([1.0, 2.0], [0.0, 3.0], "losses")
     assert "it falls in 50% of 2" in falling.alt
+
+
+def test_a_block_with_a_skip_connection_is_followed_exactly():
+    torch.manual_seed(0)
+    block = ContextualBlock(SoftmaxAttention(3), torch.nn.Linear(3, 3), skip=True).double()
+    assert read_token_by_token(block, PROMPTS).exact < 1e-12
+
+
+def test_prompts_in_another_order():
+    again = PROMPTS.in_order(torch.tensor([2, 0, 1, 3, 4, 5, 6, 7, 8]))
+    torch.testing.assert_close(again.context[:, 0], PROMPTS.context[:, 2], rtol=0, atol=0)
+    torch.testing.assert_close(again.query, PROMPTS.query, rtol=0, atol=0)
+    assert bool((again.questions[..., -1] == 0).all())
+    assert bool((PROMPTS.context[..., -1] != 0).any()), "the prompts themselves keep their answers"
 
 
 def test_one_head_is_one_rate():

@@ -7,7 +7,8 @@ $$P_0 = W, \qquad P_{i+1} = P_i + \frac{P_i (s_i - s_{i+1})\, s_{i+1}^\top}{\lVe
 
 After each token the block with the weights $P_i$, reading what is left of the prompt, answers as it answered to all of
 it. The rank of $P_i - W$ grows by one with each token, up to the size of $W$, while :func:`icl_lib.dynamics.trajectory`
-stays at rank one: another path between the same answers.
+stays at rank one: another path between the same answers. With a skip connection the output bias takes
+$s_0 - s_i$ besides.
 
 Source: Dherin et al. (arXiv 2507.16003), Appendix B.
 """
@@ -42,6 +43,10 @@ class EatenFromLeft:
     def after(self, tokens: int) -> LowRank:
         """$P_i - W$ once ``tokens`` tokens are eaten: ``[*batch, out, in]``, of rank at most ``tokens``."""
         return self.steps.first(tokens)
+
+    def bias_after(self, tokens: int) -> Tensor:
+        r"""$s_0 - s_i$: what the output bias of a block with a skip connection takes by then, ``[*batch, in]``."""
+        return self.suffixes[..., 0, :] - self.suffixes[..., tokens, :]
 
     @property
     def marginal_norms(self) -> Float[Tensor, "*batch n"]:

@@ -4,17 +4,19 @@ With $a_i = A(c_1 \dots c_i, x)$, each token takes one step,
 
 $$W_i - W_{i-1} = \frac{W (a_i - a_{i-1})\, a_0^\top}{\lVert a_0 \rVert^2},$$
 
-and each step can be read as gradient descent with the rate $h = 1/\lVert a_0\rVert^2$ on a loss that is linear in the
-weights and another one for every token:
+and each step can be read as gradient descent with the rate $\eta = 1/\lVert a_0\rVert^2$ on a loss that is linear in
+the weights and another one for every token:
 
-$$W_i = W_{i-1} - h\, \nabla L_i(W_{i-1}), \qquad L_i(W') = \operatorname{tr}(\Delta_i^\top W'), \qquad
+$$W_i = W_{i-1} - \eta\, \nabla L_i(W_{i-1}), \qquad L_i(W') = \operatorname{tr}(\Delta_i^\top W'), \qquad
   \Delta_i = W (a_{i-1} - a_i)\, a_0^\top .$$
 
-Source: Dherin et al. (arXiv 2507.16003), Proposition 3.1, whose $L_{i-1}$ is our $L_i$: the loss of token $i$.
+Source: Dherin et al. (arXiv 2507.16003), Proposition 3.1. Its $L_{i-1}$ is our $L_i$, the loss of token $i$; its $h$ is
+our $\eta$.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -45,13 +47,18 @@ class Trajectory:
         r"""What the MLP reads after each token, $a_0, a_1, \dots, a_n$: ``[*batch, n + 1, in]``."""
         return self.prefixes.activations
 
-    @property
+    @functools.cached_property
     def updates(self) -> LowRank:
         r"""$W_i - W = \Delta W(c_1 \dots c_i)$ for $i = 0 \dots n$: ``[*batch, n + 1, out, in]``.
 
         Each of rank one; all share their right factor, so the whole is $O(n)$ numbers.
         """
         return weight_update(self.weight, self.activations[..., :1, :], self.activations)
+
+    @property
+    def bias_updates(self) -> Tensor:
+        r"""$a_i - a_0$ for $i = 0 \dots n$: what the output bias of a block with a skip connection takes."""
+        return self.activations - self.activations[..., :1, :]
 
     @property
     def increments(self) -> LowRank:
@@ -66,7 +73,7 @@ class Trajectory:
 
     @property
     def step_size(self) -> Float[Tensor, "*batch"]:
-        r"""$h = 1/\lVert a_0 \rVert^2$."""
+        r"""$\eta = 1/\lVert a_0 \rVert^2$, the rate of the linear losses."""
         return 1 / self.activations[..., 0, :].square().sum(-1)
 
     @property
@@ -78,7 +85,7 @@ class Trajectory:
     def linear_losses(self) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
         r"""$L_i(W_{i-1})$ and $L_i(W_i)$: before and after the step of each token.
 
-        The second is always the smaller one, by $\lVert W_i - W_{i-1} \rVert_F^2 / h$, whatever the tokens are.
+        The second is always the smaller one, by $\lVert W_i - W_{i-1} \rVert_F^2 / \eta$, whatever the tokens are.
         """
         gradients, updates = self.linear_gradients, self.updates
         at_start = (gradients.left * (self.weight @ gradients.right)).sum((-2, -1))
@@ -94,6 +101,7 @@ def trajectory(
 
     $$T_W(c_1 \dots c_i, x) = T_{W_i}(x), \qquad W_i = W + \frac{W (a_i - a_0)\, a_0^\top}{\lVert a_0 \rVert^2}$$
 
+    (In a block with a skip connection the output bias moves as well, by ``bias_updates``.)
     Source: Dherin et al. (arXiv 2507.16003), Section 3. One pass and $O(n)$ memory for layers that average over tokens
     or keep a state, as :mod:`icl_lib.contextual` says; one pass for each prefix for others.
 

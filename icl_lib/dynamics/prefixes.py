@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ def read_prefixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Pre
     r"""What the block's MLP reads from $c_1 \dots c_i$ and the query, for every $i$ from 0 to $n$.
 
     One pass where the layer has ``average`` or ``prefixes`` (:mod:`icl_lib.contextual`), and this gives what the layer
-    itself gives for no token, one token and all of them; otherwise one pass for each prefix.
+    itself gives for no token, one, half of them and all; otherwise one pass for each prefix.
     """
     layer, n = block.contextual, context.shape[-2]
 
@@ -76,11 +76,10 @@ def read_suffixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Ten
 
 
 def _differs(activations: Tensor, own: Callable[[int], Tensor], n: int) -> int | None:
-    """The first number of tokens, of none, one and all, for which the layer itself reads something else."""
+    """The first number of tokens, of none, one, half and all, for which the layer itself reads something else."""
     # The two add up in different orders; a layer of another kind is wrong by far more than half the digits.
     tolerance = torch.finfo(activations.dtype).eps ** 0.5
-    ends: Iterable[int] = dict.fromkeys((0, min(1, n), n))
-    for tokens in ends:
+    for tokens in dict.fromkeys((0, 1, n // 2, n)):
         read = own(tokens)
         distance = torch.linalg.vector_norm(activations[..., tokens, :] - read, dim=-1)
         if not bool((distance <= tolerance * torch.linalg.vector_norm(read, dim=-1)).all()):

@@ -22,7 +22,7 @@ from icl_lib.validation import require_broadcastable, require_float, require_sam
 Loss = Callable[[Tensor], Tensor]
 
 
-def _check_answers(block: Any, updates: Any, query: Any) -> None:
+def _check_answers(block: Any, updates: Any, query: Any, bias: Any) -> None:
     if not isinstance(block, ContextualBlock):
         raise ValueError(f"block is a {type(block).__name__}: give a ContextualBlock.")
     if not isinstance(updates, LowRank):
@@ -30,23 +30,30 @@ def _check_answers(block: Any, updates: Any, query: Any) -> None:
     require_float("query", query, 1, "[*batch, dim]")
     require_same_kind("block's weight", block.first_linear.weight, updates=updates, query=query)
     require_broadcastable(updates=updates.batch_shape, query=query.shape[:-1])
+    if bias is not None:
+        if not block.skip:
+            raise ValueError("bias is given and the block has no skip connection: leave it out.")
+        require_float("bias", bias, 1, "[*batch, dim]")
+        require_broadcastable(updates=updates.batch_shape, bias=bias.shape[:-1])
 
 
-def _check_task_gradients(block: Any, updates: Any, query: Any, loss: Any) -> None:
-    _check_answers(block, updates, query)
+def _check_task_gradients(block: Any, updates: Any, query: Any, loss: Any, bias: Any) -> None:
+    _check_answers(block, updates, query, bias)
     if not callable(loss):
         raise ValueError(f"loss is a {type(loss).__name__}: give a function of the block's outputs.")
 
 
 @validated_by(_check_answers)
 def answers(
-    block: ContextualBlock, updates: LowRank, query: Float[Tensor, "*batch dim"]
+    block: ContextualBlock, updates: LowRank, query: Float[Tensor, "*batch dim"], bias: Tensor | None = None
 ) -> Float[Tensor, "*answers out"]:
     r"""What a block answers to the bare query with the weights $W + $ ``updates``, kept as factors.
 
-    Its own forward pass without a context, in which the first linear map answers $W a + b + L (R^\top a)$.
+    Its own parts run without a context, and the MLP's first linear map answers $W a + b + L (R^\top a)$.
 
-    Shapes: ``updates`` ``[*batch, out, in]``, ``query`` ``[*batch, dim]``; leading dimensions broadcast.
+    Shapes: ``updates`` ``[*batch, out, in]``, ``query`` ``[*batch, dim]``; leading dimensions broadcast. In a block
+    with a skip connection ``bias`` ``[*batch, dim]`` is added to the output bias, such as a trajectory's
+    ``bias_updates``.
 
     >>> from icl_lib import MeanPooling
     >>> block = ContextualBlock(MeanPooling(), torch.nn.Linear(2, 2))
@@ -55,28 +62,38 @@ def answers(
     True
     """
     with torch.no_grad():
-        return _run(block, updates, query)[0]
+        return _run(block, updates, query, bias)[0]
 
 
-def _run(block: ContextualBlock, updates: LowRank, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _run(block: ContextualBlock, updates: LowRank, query: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The output; what the first linear map read; and what it answered, from where gradients are taken."""
     query = query.expand(*torch.broadcast_shapes(updates.batch_shape, query.shape[:-1]), -1)
-    seen: list[Tensor] = []
+    read = block.read(query.unsqueeze(-2)[..., :0, :], query).detach()
+    answered: list[Tensor] = []
 
-    def edit(_: Any, read: tuple[Tensor], answer: Tensor) -> Tensor:
-        edited = updates.addmv(answer, read[0]).detach().requires_grad_()
-        seen.extend((read[0].detach(), edited))
-        return edited
+    def edit(_: Any, __: Any, answer: Tensor) -> Tensor:
+        answered.append(updates.addmv(answer, read).detach().requires_grad_())
+        return answered[0]
 
+    # The hook is there for the MLP only: the contextual layer may use the same map.
     hook = block.first_linear.register_forward_hook(edit)
     try:
-        return block(query.unsqueeze(-2)[..., :0, :], query), *seen
+        output = block.mlp(read)
     finally:
         hook.remove()
+    if block.skip:
+        output = query + read + output + (0 if bias is None else bias)
+    return output, read, answered[0]
 
 
 @validated_by(_check_task_gradients)
-def task_gradients(block: ContextualBlock, updates: LowRank, query: Float[Tensor, "*batch dim"], loss: Loss) -> LowRank:
+def task_gradients(
+    block: ContextualBlock,
+    updates: LowRank,
+    query: Float[Tensor, "*batch dim"],
+    loss: Loss,
+    bias: Tensor | None = None,
+) -> LowRank:
     r"""The gradient of a loss with respect to the first linear map, at the weights $W + $ ``updates``, without context.
 
     Args:
@@ -84,6 +101,7 @@ def task_gradients(block: ContextualBlock, updates: LowRank, query: Float[Tensor
         updates: ``[*batch, out, in]``, such as the ``updates`` of a trajectory.
         query: ``[*batch, dim]``; leading dimensions broadcast with those of ``updates``.
         loss: takes the block's outputs ``[*batch, out]`` to losses ``[*batch]``.
+        bias: as for :func:`answers`.
 
     Returns $\nabla_{W'} \ell$ as ``[*batch, out, in]``, of rank one.
 
@@ -94,17 +112,31 @@ def task_gradients(block: ContextualBlock, updates: LowRank, query: Float[Tensor
     tensor([[1., 3.]])
     """
     with torch.enable_grad():
-        output, read, answer = _run(block, updates, query)
+        output, read, answer = _run(block, updates, query, bias)
         (slope,) = torch.autograd.grad(loss(output).sum(), answer)
     return LowRank(slope.unsqueeze(-1), read.unsqueeze(-1))
 
 
+def _check_step_alignment(path: Any, block: Any, query: Any, loss: Any) -> None:
+    if not isinstance(path, Trajectory):
+        raise ValueError(f"path is a {type(path).__name__}: give what icl_lib.dynamics.trajectory returns.")
+    require_float("query", query, 1, "[*batch, dim] or [*batch, n, dim]")
+    batch = len(path.activations.shape) - 2
+    if query.ndim not in (batch + 1, batch + 2):
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}: give [*batch, dim], or [*batch, n, dim] for each step."
+        )
+
+
+@validated_by(_check_step_alignment)
 def step_alignment(path: Trajectory, block: ContextualBlock, query: Tensor, loss: Loss) -> Float[Tensor, "*batch n"]:
     r"""The cosine between each token's step and the true descent direction at the weights that the step starts from.
 
     $$\cos\bigl(W_i - W_{i-1},\; -\nabla_{W'}\, \ell(T_{W'}(x))\big|_{W' = W_{i-1}}\bigr), \qquad i = 1 \dots n$$
 
-    1 where reading the token is a gradient step on the task's loss, 0 where it has nothing to do with it.
+    1 where reading the token is a gradient step on the task's loss, 0 where it has nothing to do with it. A step ends
+    in $a_0(x)^\top$ and a gradient in what is read from its own query $x'$, so the cosine is at most
+    $\lvert\cos(a_0(x), a_0(x'))\rvert$: below 1 where $x'$ is another token.
 
     Args:
         path: of ``block``, from :func:`icl_lib.dynamics.trajectory`.
@@ -117,5 +149,6 @@ def step_alignment(path: Trajectory, block: ContextualBlock, query: Tensor, loss
     """
     batch = path.activations.shape[:-2]
     each = query if query.ndim == len(batch) + 2 else query.unsqueeze(-2)
-    gradients = task_gradients(block, path.updates[..., :-1], each, loss)
+    bias = path.bias_updates[..., :-1, :] if block.skip else None
+    gradients = task_gradients(block, path.updates[..., :-1], each, loss, bias)
     return alignment(path.increments, -gradients)

@@ -18,6 +18,8 @@ from icl_lib.experiments.one_block import (
 )
 from icl_lib.experiments.paper_scale import VARIED, paper_settings, summarise, write_figures
 from icl_lib.experiments.token_by_token import (
+    BesideSGD,
+    Cosines,
     Estimate,
     TokenByToken,
     compare_with_sgd,
@@ -33,6 +35,8 @@ __all__ = [
     "COLUMNS",
     "ONE_BLOCK",
     "VARIED",
+    "BesideSGD",
+    "Cosines",
     "Estimate",
     "EveryBlockSettings",
     "TokenByToken",

@@ -8,56 +8,49 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from icl_lib.experiments.token_by_token import Estimate, TokenByToken
+from icl_lib.experiments.token_by_token import BesideSGD, Cosines, Estimate, TokenByToken
 from icl_lib.figures import COLOURS, INK, Figure, Row, figure
 
-SERIES = list(COLOURS.values())
-CONTROL = {"color": COLOURS["grey"], "linestyle": "--"}
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": "small", "columnspacing": 1}
 
 
-def increments(readings: Mapping[str, TokenByToken], title: str) -> Figure:
+def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -> Figure:
     """How far each token moves the weights, on log–log axes, with what the running average predicts drawn on it.
 
-    ``readings`` by the name of the network; the last one is the control.
+    ``readings`` by the name of the network; ``control`` names the untrained one.
     """
-    names = list(readings)
     with figure(width=3.3, height=3.6) as (fig, ax):
         for number, (name, reading) in enumerate(readings.items()):
-            style = CONTROL if number == len(names) - 1 else {"color": SERIES[number]}
+            style = _style(number, name == control)
             token = np.arange(1, len(reading.norms.mean) + 1)
-            if reading.predicted:
+            if reading.predicted is not None:
                 ax.plot(token, reading.predicted.mean, color=style["color"], linewidth=7, alpha=0.35)
-            label = f"{name}, slope {_signed(reading.exponent)}"
-            _banded(ax, token, reading.norms, label=label, **style)
-        if any(reading.predicted for reading in readings.values()):
+            _banded(ax, token, reading.norms, label=f"{name}, slope {reading.exponent}", **style)
+        if any(reading.predicted is not None for reading in readings.values()):
             ax.plot([], [], color=INK, linewidth=7, alpha=0.25, label="predicted")
-        # Decades only where there are some: a flat curve gets a linear scale.
         means = np.concatenate([reading.norms.mean for reading in readings.values()])
         ax.set(title=title, xscale="log", yscale="log", xlabel="token", ylabel="how far it moves the weights")
-        ax.set_ylim(min(0.1, means.min()) / 1.3, max(2, means.max()) * 1.3)
+        ax.set_ylim(min(0.1, means.min()) / 1.3, max(2, means.max()) * 1.3)  # a decade at least, or flat looks steep
         ax.legend(ncols=1, **BELOW)
     said = "; ".join(
-        f"{name} from {reading.norms.mean[0]:.2g} to {reading.norms.mean[-1]:.2g}, slope {_signed(reading.exponent)}"
+        f"{name} from {reading.norms.mean[0]:.2g} to {reading.norms.mean[-1]:.2g}, slope {reading.exponent}"
         for name, reading in readings.items()
     )
     return Figure(fig, f"{title}: norm of each token’s step against the token’s number, on log–log axes. {said}.")
 
 
-def learning(
-    reading: TokenByToken, sgd: Mapping[float, tuple[Estimate, Estimate]], title: str, ceiling: float | None = None
-) -> Figure:
+def learning(reading: TokenByToken, sgd: Mapping[float, BesideSGD], title: str, ceiling: float | None = None) -> Figure:
     """Error at the query after each example that is read, and after each example that SGD is trained on (Figure 4)."""
     with figure(width=3.3, height=3.7) as (fig, ax):
         step = np.arange(len(reading.loss.mean))
-        for number, (rate, (loss, _)) in enumerate(sgd.items()):
-            _banded(ax, step, loss, color=SERIES[number + 1], linestyle="--", label=f"SGD, rate {rate:g}")
+        for number, (rate, trained) in enumerate(sgd.items(), start=1):
+            _banded(ax, step, trained.loss, color=_colour(number), linestyle="--", label=f"SGD, rate {rate:g}")
         _banded(ax, step, reading.loss, color=COLOURS["blue"], linewidth=2.4, label="reading, $W_i$")
         ax.set(title=title, xlabel="examples seen", ylabel="squared error at the query", yscale="log")
-        if ceiling:
+        if ceiling is not None:
             ax.set_ylim(ceiling / 1000, ceiling)
         ax.legend(ncols=2, **BELOW)
-    ends = "; ".join(f"SGD at rate {rate:g}: {loss.mean[-1]:.2g}" for rate, (loss, _) in sgd.items())
+    ends = "; ".join(f"SGD at rate {rate:g}: {trained.loss.mean[-1]:.2g}" for rate, trained in sgd.items())
     return Figure(
         fig,
         f"{title}: squared error at the query against the number of examples. With the implicit weights it goes from "
@@ -65,22 +58,26 @@ def learning(
     )
 
 
-def step_cosines(readings: Mapping[str, TokenByToken], of: str, title: str) -> Figure:
-    """The cosine between each token's step and a true descent direction; ``of`` names the attribute of a reading."""
+def step_cosines(cosines: Mapping[str, Cosines], control: str, title: str) -> Figure:
+    """The cosine between each token's step and a descent direction, and the most that it can be on average."""
     with figure(width=3.3, height=3.4) as (fig, ax):
-        for number, (name, reading) in enumerate(readings.items()):
-            style = CONTROL if number == len(readings) - 1 else {"color": SERIES[number]}
-            cosine = getattr(reading, of)
-            _banded(ax, np.arange(1, len(cosine.mean) + 1), cosine, label=name, **style)
+        for number, (name, cosine) in enumerate(cosines.items()):
+            token = np.arange(1, len(cosine.by_token.mean) + 1)
+            _banded(ax, token, cosine.by_token, label=name, **_style(number, name == control))
+        ceiling = next(iter(cosines.values())).ceiling
+        ax.axhline(ceiling, color=COLOURS["green"], linestyle=":", label=f"at most, {next(iter(cosines))}")
         ax.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
-        ax.set(title=title, xlabel="token", ylabel="cosine", ylim=(-0.25, 1))
+        ax.set(title=title, xlabel="token", ylabel="cosine", ylim=(-0.25, 1.05))
         ax.legend(ncols=2, **BELOW)
-    means = "; ".join(f"{name} {getattr(reading, of).mean.mean():.2f}" for name, reading in readings.items())
-    return Figure(fig, f"{title}: cosine at each token. Mean over tokens: {means}; 1 would be gradient descent.")
+    means = "; ".join(f"{name} {cosine.mean}" for name, cosine in cosines.items())
+    return Figure(fig, f"{title}: cosine at each token. Mean over tokens: {means}; it can be {ceiling:.2f} at most.")
 
 
 def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
-    """The normalised LMS loss of each token, before and after its own step, one picture a network."""
+    """The normalised LMS loss of each token, before and after its own step, one picture a network.
+
+    All networks must be running averages; others have no such loss.
+    """
     pictures = []
     for name, reading in readings.items():
         before, after = reading.lms_before, reading.lms_after
@@ -100,19 +97,21 @@ def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
     return Row(*pictures)
 
 
-def ranks(from_left: Mapping[str, Estimate], bound: int) -> Figure:
-    """The rank of the edit against tokens eaten, from the left and as one edit of the whole prefix."""
+def ranks(left: Mapping[str, Estimate], whole: Estimate, control: str, bound: int) -> Figure:
+    """The rank of the edit against tokens eaten: from the left, network by network, and as one edit of the prefix."""
     with figure(width=4.4, height=3.5) as (fig, ax):
-        for number, (name, rank) in enumerate(from_left.items()):
-            style = CONTROL if number == len(from_left) - 1 else {"color": SERIES[number]}
-            _banded(ax, np.arange(len(rank.mean)), rank, label=f"left, {name}", **style)
-        eaten = np.arange(len(rank.mean))
+        eaten = np.arange(len(whole.mean))
+        for number, (name, rank) in enumerate(left.items()):
+            _banded(ax, eaten, rank, label=f"left, {name}", **_style(number, name == control))
         ax.plot(eaten, np.minimum(eaten, bound), color=INK, linestyle=":", label="one a token, at most")
-        ax.plot(eaten, np.minimum(eaten, 1), color=COLOURS["green"], label="$W_i - W$")
+        _banded(ax, eaten, whole, color=COLOURS["green"], label="$W_i - W$")
         ax.set(xlabel="tokens eaten", ylabel="rank of the edit", ylim=(0, bound + 1))
         ax.legend(ncols=2, **BELOW)
-    ends = "; ".join(f"{name} {rank.mean[-1]:.1f}" for name, rank in from_left.items())
-    return Figure(fig, f"Rank of the edit against tokens eaten. From the left, after all: {ends}. In one edit: 1.")
+    ends = "; ".join(f"{name} {rank.mean[-1]:.1f}" for name, rank in left.items())
+    return Figure(
+        fig,
+        f"Rank of the edit against tokens eaten. From the left, after all: {ends}. In one edit: {whole.mean[-1]:.0f}.",
+    )
 
 
 def scrubbed(
@@ -182,6 +181,11 @@ def _banded(ax: Axes, x: Any, series: Estimate, **style: Any) -> None:
     ax.plot(x, series.mean, **style)
 
 
-def _signed(slope: Estimate) -> str:
-    """A slope and its standard error, with the sign that the axes use."""
-    return f"{slope.mean:.2f} ± {slope.error:.2f}".replace("-", "\N{MINUS SIGN}")
+def _colour(number: int) -> str:
+    """The series colours in turn, grey left out: it is for controls."""
+    colours = [colour for name, colour in COLOURS.items() if name != "grey"]
+    return colours[number % len(colours)]
+
+
+def _style(number: int, control: bool) -> dict[str, str]:
+    return {"color": COLOURS["grey"], "linestyle": "--"} if control else {"color": _colour(number)}

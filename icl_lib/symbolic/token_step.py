@@ -22,15 +22,15 @@ GRADIENT = rf"\Delta_i = W ({NOW} - {NEXT})\, {A_WITHOUT}^{{\top}}"
 def gradient_step(out_features: int, in_features: int) -> Derivation:
     r"""Derive what token $i + 1$ adds to the weights, and a loss that makes it a step of gradient descent.
 
-    $$W_{i+1} - W_i = \frac{W (a_{i+1} - a_i)\, a_0^\top}{\|a_0\|^2} = -h\, \nabla L_i(W_i), \qquad
-    L_i(W') = \operatorname{tr}(\Delta_i^\top W'), \quad h = \frac{1}{\|a_0\|^2}, \quad
+    $$W_{i+1} - W_i = \frac{W (a_{i+1} - a_i)\, a_0^\top}{\|a_0\|^2} = -\eta\, \nabla L_i(W_i), \qquad
+    L_i(W') = \operatorname{tr}(\Delta_i^\top W'), \quad \eta = \frac{1}{\|a_0\|^2}, \quad
     \Delta_i = W (a_i - a_{i+1})\, a_0^\top$$
 
     $a_i = A(c_1 \dots c_i, x)$ is read after $i$ tokens, and $W_i = W + \Delta W(c_1 \dots c_i)$ stands for them. The
     loss is asked for: SymPy solves for an unknown linear one whose gradient step this is. The last steps say what that
     is worth: the same question has an answer for any two matrices, and a linear loss has no minimum.
 
-    Source: Dherin et al., Proposition 3.1; that any sequence of matrices has such losses: this book.
+    Source: Dherin et al., Proposition 3.1 ($h$ for $\eta$); that any sequence of matrices has such losses: this book.
 
     Shapes: $W$ is ``out_features`` × ``in_features``. The result, the step $W_{i+1} - W_i$, is a function of ``W``
     ``[out, in]``, ``a_without`` ``[in]``, ``a_now`` ``[in]`` and ``a_next`` ``[in]``.
@@ -48,7 +48,7 @@ def gradient_step(out_features: int, in_features: int) -> Derivation:
     least = weight_update(out_features, in_features)
     W, a0, aC = (least.arguments[name] for name in ("W", "a_without", "a_with"))
     now, after = vector("a", in_features, "i"), vector("a", in_features, "i+1")
-    square, rate = squared_norm(a0), sp.Symbol("h", positive=True)
+    square, rate = squared_norm(a0), sp.Symbol(r"\eta", positive=True)
 
     weights_now, weights_next = (W + put(least.result, (aC, read)) for read in (now, after))
     step = rewritten(weights_next - weights_now, W * (after - now) * a0.T / square)
@@ -106,34 +106,34 @@ def gradient_step(out_features: int, in_features: int) -> Derivation:
                 "A linear loss, unknown",
                 gradient,
                 stacked(r"L(W') = \operatorname{tr}(G^{\top} W')", r"\nabla L = G"),
-                "We ask for a loss of which this is a gradient step, $-h\\, \\nabla L$. Take a linear one with unknown "
-                "coefficients $G$: its derivatives are the coefficients, wherever it is taken.",
+                "We ask for a loss of which this is a gradient step, $-\\eta\\, \\nabla L$. Take a linear one with "
+                "unknown coefficients $G$: its derivatives are the coefficients, wherever it is taken.",
             ),
             Step(
                 "Its coefficients",
                 asked,
-                r"G = -\frac{1}{h}\, (W_{i+1} - W_i)",
-                f"SymPy solves $W_{{i+1}} - W_i = -h\\, G$ for the {len(unknown)} coefficients. Only $h\\, G$ is "
-                "determined: every rate has its loss.",
+                r"G = -\frac{1}{\eta}\, (W_{i+1} - W_i)",
+                f"SymPy solves $W_{{i+1}} - W_i = -\\eta\\, G$ for the {len(unknown)} coefficients. Only $\\eta\\, G$ "
+                "is determined: every rate has its loss.",
             ),
             Step(
                 "Rate",
                 found,
-                stacked(rf"h = \frac{{1}}{{{SQUARED_NORM}}}", rf"G = {GRADIENT}"),
+                stacked(rf"\eta = \frac{{1}}{{{SQUARED_NORM}}}", rf"G = {GRADIENT}"),
                 "With this rate nothing is left of the denominator: this is the loss of Proposition 3.1.",
             ),
             Step(
                 "Gradient descent",
                 descent,
-                stacked(r"W_{i+1} = W_i - h\, \nabla L_i(W_i)", r"L_i(W') = \operatorname{tr}(\Delta_i^{\top} W')"),
+                stacked(r"W_{i+1} = W_i - \eta\, \nabla L_i(W_i)", r"L_i(W') = \operatorname{tr}(\Delta_i^{\top} W')"),
                 "So each token is a step of gradient descent, at one rate, on a loss of its own.",
             ),
             Step(
                 "Any two matrices",
                 of_any,
                 stacked(
-                    r"L(W') = \tfrac{1}{h} \operatorname{tr}\bigl((M_i - M_{i+1})^{\top} W'\bigr)",
-                    r"M_{i+1} = M_i - h\, \nabla L(M_i)",
+                    r"L(W') = \tfrac{1}{\eta} \operatorname{tr}\bigl((M_i - M_{i+1})^{\top} W'\bigr)",
+                    r"M_{i+1} = M_i - \eta\, \nabla L(M_i)",
                 ),
                 "The loss was read off the step. SymPy solves the same equation for any two matrices, so any "
                 "sequence of matrices whatever is gradient descent on such losses.",
