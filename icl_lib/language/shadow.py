@@ -95,11 +95,17 @@ class EditedWeight:
                 f"a patched map reads {flat.shape[0]} tokens and its patch was made for {tokens.numel()}: feed the "
                 "patched model patch.bare(inputs)."
             )
+        # The answer is nobody else's yet: adding to it in place saves an allocation as large as itself.
+        rows = answer.view(-1, answer.shape[-1])
         if isinstance(edit, Tensor):
-            return answer + (edit.view_as(answer) if tokens else edit)
-        if tokens:
-            return edit.addmv(answer.reshape(-1, answer.shape[-1]), flat).view_as(answer)
-        return answer + (read @ edit.right) @ edit.left.mT
+            rows += edit
+        elif tokens and edit.left.shape[-1] == 1:
+            rows.addcmul_(edit.left.squeeze(-1), (edit.right.mT @ flat.unsqueeze(-1)).squeeze(-1))
+        elif tokens:
+            rows += edit.matvec(flat)
+        else:
+            rows.addmm_(flat @ edit.right, edit.left.mT)
+        return answer
 
 
 _PRODUCTS = {functional.linear: ("input", "weight", "bias"), torch.addmm: ("bias", "input", "weight")}
