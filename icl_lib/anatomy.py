@@ -191,7 +191,7 @@ def is_transposed(linear: nn.Module) -> bool:
 def _require_linear(linear: Any, where: str) -> None:
     """Require a map that answers $W z + b$ and nothing else: it is its weights that are edited."""
     plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    if not (plain or is_transposed(linear)) or not linear.weight.is_floating_point():
+    if not (plain or is_transposed(linear)) or not linear.weight.dtype.is_floating_point:
         raise ValueError(
             f"{where} is a {type(linear).__name__}: it must be a plain torch.nn.Linear. (Quantised models: load the "
             "weights as bfloat16 or float32.)"

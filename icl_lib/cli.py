@@ -147,10 +147,14 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype}: choose one of {', '.join(DTYPES)}.")
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".")):
+        raise ValueError(f"--model is {name}: there is no such folder.")
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise ImportError("transformers is missing: pip install 'icl_lib[llm]'.") from None
+    logging.disable_progress_bar()
     before = _ids("prompt", name, prompt, prompt_ids, special=True)
     after = _ids("query", name, query, query_ids, special=False)
     model = AutoModelForCausalLM.from_pretrained(
@@ -177,7 +181,13 @@ def _ids(name: str, model: str, text: str | None, ids: str | None, special: bool
     else:
         from transformers import AutoTokenizer
 
-        found = AutoTokenizer.from_pretrained(model, **_source(model))(text, add_special_tokens=special)["input_ids"]
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, **_source(model))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{model} has no tokenizer that can be loaded ({str(error).splitlines()[0]}): give --{name}-ids."
+            ) from None
+        found = tokenizer(text, add_special_tokens=special)["input_ids"]
     if not found:
         raise ValueError(f"--{name} holds no token.")
     return found
