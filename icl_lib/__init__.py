@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import icl_lib.language.architectures  # the models that it describes become known
+import icl_lib.language.architectures  # noqa: F401  (the models that it describes become known)
 from icl_lib.absorb import absorb
 from icl_lib.anatomy import Anatomy, register_anatomy
 from icl_lib.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context

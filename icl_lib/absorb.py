@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from icl_lib.anatomy import Anatomy, anatomy_of
 from icl_lib.language.absorb import absorb_tokens
-from icl_lib.language.call import check_lengths, check_tokens, is_tokens
+from icl_lib.language.call import accepted, check_lengths, check_tokens, is_tokens
 from icl_lib.patch import BlockPatch, Patch, without_context
 from icl_lib.structure import require_deterministic
 from icl_lib.theorem import bias_update, weight_update
@@ -182,6 +182,11 @@ def check_absorb(
     if is_tokens(inputs):
         check_tokens(model, inputs, context_length, reference, positions, outer, joint)
         return
+    if {"input_ids", "position_ids"} <= accepted(model) and isinstance(inputs, Tensor):
+        raise ValueError(
+            f"inputs have dtype {inputs.dtype} and {type(model).__name__} is a language model: give it token ids "
+            "[*batch, n], whole numbers."
+        )
     if joint or outer not in (None, "bias"):
         raise ValueError(
             "joint=True and outer are for language models, which are fed token ids: a float stream has one edit for "

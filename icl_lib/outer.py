@@ -24,7 +24,6 @@ from icl_lib.validation import (
     validated_by,
 )
 
-
 NEWTON_STEPS = 100
 """After which a gain that serves several vectors is taken not to exist."""
 
@@ -133,8 +132,8 @@ def turning_update(
     $\lVert t_k \oslash g' \rVert = \lVert u_k \rVert$ for every $k$.
 
     Shapes: ``wanted`` $t$, ``read`` $x$ and ``normed`` $u$ ``[m, dim]``, ``gain`` $g$ ``[dim]``. Returns $x' - x$ and
-    $g'$, ``[m, dim]`` or for a shared gain ``[dim]``. Raises `ValueError` where a gain is zero, and where no shared gain
-    exists. Ours.
+    $g'$, ``[m, dim]`` or for a shared gain ``[dim]``. Raises `ValueError` where a gain is zero, and where no shared
+    gain exists. Ours.
 
     >>> t, x, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 0.0]]), torch.ones(2)
     >>> change, gain = turning_update(t, x, x / x.square().mean().sqrt(), g)

@@ -153,6 +153,9 @@ def _check_least_norm_edit(reads: Any, changes: Any) -> None:
     many, width = reads.shape[-2:]
     if many > width:
         raise ValueError(f"{many} vectors of width {width} are not linearly independent: no one edit serves them all.")
+    zero = (reads == 0).all(-1)
+    if bool(zero.any()):
+        raise ValueError(f"reads{place(zero)} is zero, so the reads are not linearly independent: no edit acts on it.")
 
 
 @validated_by(_check_least_norm_edit)
@@ -176,8 +179,7 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
     scale, length, unit = (part.double() for part in directions(reads))
     basis, triangle = torch.linalg.qr(unit.mT)
     values = torch.linalg.svdvals(triangle)
-    zero = (reads == 0).all(-1).any(-1)
-    dependent = zero | ~(values[..., -1] > reads.shape[-2] * torch.finfo(reads.dtype).eps * values[..., 0])
+    dependent = ~(values[..., -1] > reads.shape[-2] * torch.finfo(reads.dtype).eps * values[..., 0])
     if bool(dependent.any()):
         raise ValueError(
             f"reads{place(dependent)} are not linearly independent ({reads.shape[-2]} vectors, the smallest singular "

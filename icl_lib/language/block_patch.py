@@ -24,8 +24,8 @@ class LanguageBlockPatch:
     Attributes:
         inner: $\Delta V$ of each linear map that reads what the MLP reads, and of the router:
             ``[*batch, positions, out, in]`` of rank one, or one ``[out, in]`` for all positions.
-        outer: what takes $\Delta h$, by its path: $\Delta W_\text{down}$ as the inner ones, and a vector for a bias or a
-            norm's scale, ``[*batch, positions, width]`` or ``[width]``.
+        outer: what takes $\Delta h$, by its path: $\Delta W_\text{down}$ as the inner ones, and a vector for a bias or
+            for a norm's scale, ``[*batch, positions, width]`` or ``[width]``.
         change: $\Delta h$ itself, ``[*batch, positions, width]``: how far the context moves the stream.
         sent: of a mixture, the tokens that go to each expert, counted through batch and positions.
     """

@@ -6,9 +6,9 @@ Without the context, the patched model's own forward pass on the bare query read
 $$\Delta V = \frac{V (z_C - z_0) z_0^\top}{\lVert z_0 \rVert^2}, \qquad \Delta h = h_C - h_0 ,$$
 
 for every linear map $V$ that reads $z$, while $\Delta h$ goes into what the architecture has: $\Delta b' = \Delta h$,
-$\Delta W_\text{down} = \Delta h\, y^\top / \lVert y \rVert^2$, or $\Delta m = \Delta h \oslash u$. The second pass finds
-each edit when the weight is first used and runs on with it, so that it is already the patched model's answer: block
-$\ell$ is fed what the patched blocks before it have made.
+$\Delta W_\text{down} = \Delta h\, y^\top / \lVert y \rVert^2$, or a norm behind the MLP (:mod:`icl_lib.outer`). The
+second pass finds each edit when the weight is first used and runs on with it, so that it is already the patched model's
+answer: block $\ell$ is fed what the patched blocks before it have made.
 
 Source: Goldwaser, Munn, Gonzalvo, Dherin, *Equivalence of Context and Parameter Updates in Modern Transformer Blocks*
 (arXiv 2511.17864).

@@ -104,8 +104,8 @@ class LanguagePatch(Patch):
         The folder gets ``adapter_config.json`` and ``adapter_model.safetensors``; the edits are those of :meth:`joint`.
         A norm's scale is saved in full beside the low-rank factors, as one of PEFT's ``modules_to_save``.
 
-        Raises `ValueError` as :meth:`merged` does, and for a patch that lets a bias take the change: PEFT has no adapter
-        for it, so absorb with ``outer='down'``.
+        Raises `ValueError` as :meth:`merged` does, and for a patch that lets a bias take the change: a bias is no LoRA,
+        so absorb with ``outer='down'``.
         """
         factors: dict[str, LowRank] = {}
         scales: dict[str, Tensor] = {}
