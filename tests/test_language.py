@@ -1,6 +1,7 @@
 """Language models of every architecture: edits against the model's own forward pass on the whole prompt."""
 
 import itertools
+import subprocess
 import sys
 
 import accelerate
@@ -311,3 +312,8 @@ def test_the_patch_is_light_and_says_what_it_is():
     assert patch.anatomy == anatomy_of(shared("Llama"))
     assert list(patch.blocks[0].inner) == ["mlp.gate_proj", "mlp.up_proj"]
     assert list(patch.blocks[0].outer) == ["mlp.down_proj"]
+
+
+def test_the_library_alone_does_not_import_transformers():
+    code = "import sys, icl_lib; sys.exit(any(name in sys.modules for name in ('transformers', 'peft', 'typer')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

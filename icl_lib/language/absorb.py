@@ -25,7 +25,7 @@ def absorb_tokens(
     """:func:`icl_lib.absorb.absorb` for token ids ``[*batch, n]``."""
     anatomy, first = anatomy_of(model), first_token(context_length, reference, positions)
     outer = outer or anatomy.outer_choices[0]
-    with bar_over(len(model.get_submodule(anatomy.blocks)), 2, progress) as bar, experts_one_by_one(model):
+    with bar_over(len(model.get_submodule(anatomy.blocks)), 2, progress) as bar, experts_one_by_one(model, anatomy):
         readings, _ = with_context(model, full_call(ids), first, keep=1, outputs=False, visit=bar.update)
         prompted = prompted_by(ids, context_length, reference, first, readings)
         blocks, _ = without_context(model, prompted, outer, joint, keep=1, visit=lambda *_: bar.update())

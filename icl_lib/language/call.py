@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import anatomy_of
+from icl_lib.anatomy import Anatomy, anatomy_of
 from icl_lib.structure import require_deterministic
 
 Call = dict[str, Tensor]
@@ -72,12 +72,12 @@ def accepted(model: nn.Module) -> set[str]:
 
 
 @contextlib.contextmanager
-def experts_one_by_one(model: nn.Module) -> Iterator[None]:
+def experts_one_by_one(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
     """Inside the ``with``, a mixture multiplies by each expert's matrix on its own, and so by its edit too.
 
     This is transformers' implementation "eager", the only one that also runs in float64.
     """
-    if not hasattr(model, "get_experts_implementation"):
+    if not (anatomy.router and hasattr(model, "get_experts_implementation")):
         yield
         return
     before = model.get_experts_implementation()

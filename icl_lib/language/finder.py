@@ -101,6 +101,11 @@ class Finder:
         )
         return LanguageBlockPatch(inner, outer, self.change.reshape(*shape, -1), {} if self.joint else self.sent)
 
+    def forget(self) -> None:
+        """Release what was found, and what it was found from."""
+        self.found_inner, self.found_outer, self.sent = {}, {}, {}
+        self.change = self.gates = self.turned = None
+
     def _on_stream(self, tokens: Tensor) -> None:
         self.change = self.reading.stream - tokens.reshape(self.reading.stream.shape)
 

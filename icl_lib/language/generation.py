@@ -80,12 +80,13 @@ def greedy_agreement(
     Raises `ValueError` as :func:`icl_lib.absorb.absorb` does.
     """
     ids = input_ids.reshape(-1, input_ids.shape[-1])
-    outer = outer or anatomy_of(model).outer_choices[0]
+    anatomy = anatomy_of(model)
+    outer = outer or anatomy.outer_choices[0]
     options = {"use_cache": True, _cache_name(model): _new_cache(model)}
     steps = tqdm(range(max_new_tokens), unit="token", disable=not progress or building_book(), leave=False)
     chosen: list[tuple[Tensor, Tensor, Tensor]] = []
     errors = []
-    with experts_one_by_one(model), torch.no_grad():
+    with experts_one_by_one(model, anatomy), torch.no_grad():
         run(model, full_call(ids, ids.shape[1] - 1), keep=1, **options)
         current = ids[:, -1:]
         for step in steps:
@@ -93,7 +94,7 @@ def greedy_agreement(
             call = {"input_ids": current, "position_ids": position}
             readings, wanted = with_context(model, call, 0, outputs=False, **options)
             bare = run(model, call)[:, -1]
-            _, answer = without_context(model, Prompted(call, torch.Size((len(ids), 1)), readings), outer)
+            _, answer = without_context(model, Prompted(call, torch.Size((len(ids), 1)), readings), outer, edits=False)
             chosen.append((answer.argmax(-1), wanted.argmax(-1), bare.argmax(-1)))
             errors.append(relative(answer, wanted).max().item())
             current = chosen[-1][0][:, None]

@@ -101,24 +101,32 @@ def without_context(
     outer: str,
     joint: bool = False,
     keep: int | None = None,
+    edits: bool = True,
     visit: Callable[[int, Tensor], Any] = lambda *_: None,
 ) -> tuple[tuple[LanguageBlockPatch, ...], Tensor]:
     """Run the bare query once, finding the edits on the way; gives them, and the logits of the patched model.
 
-    ``joint`` asks for one edit a map that serves all positions. ``visit`` is called with the number of each block and
-    the stream after it, ``[tokens, width]``.
+    ``joint`` asks for one edit a map that serves all positions; without ``edits`` they are forgotten block by block.
+    ``visit`` is called with the number of each block and the stream after it, ``[tokens, width]``.
     """
     anatomy = anatomy_of(model)
-    finders = []
+    found: list[LanguageBlockPatch] = []
     with contextlib.ExitStack() as stack, torch.no_grad():
         for index, block in enumerate(model.get_submodule(anatomy.blocks)):
             where, reading = f"{anatomy.blocks}[{index}]", prompted.readings[index]
             finder = Finder(where, block, anatomy.of(block), reading, outer, joint)
             finder.install(stack)
-            finders.append(finder)
-            on_output(stack, block, lambda out, index=index: visit(index, out.reshape(-1, out.shape[-1])))
+
+            def after(out: Tensor, index: int = index, finder: Finder = finder) -> None:
+                visit(index, out.reshape(-1, out.shape[-1]))
+                patch = finder.edits(prompted.shape)
+                if edits:
+                    found.append(patch)
+                finder.forget()
+
+            on_output(stack, block, after)
         logits = run(model, prompted.bare, keep)
-    return tuple(finder.edits(prompted.shape) for finder in finders), logits.reshape(-1, logits.shape[-1])
+    return tuple(found), logits.reshape(-1, logits.shape[-1])
 
 
 def bar_over(blocks: int, passes: int, progress: bool) -> tqdm:

@@ -67,7 +67,7 @@ class LanguagePatch(Patch):
         """
         if self.is_joint:
             return self
-        with experts_one_by_one(model):
+        with experts_one_by_one(model, self.anatomy):
             blocks, _ = without_context(model, self.prompted, self.outer_kind, joint=True, keep=1)
         return replace(self, blocks=blocks, is_joint=True)
 
@@ -79,7 +79,7 @@ class LanguagePatch(Patch):
         touched. A mixture of experts runs its experts one by one inside.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(experts_one_by_one(model))
+            stack.enter_context(experts_one_by_one(model, self.anatomy))
             for _, block, anatomy, edits in self._placed(model):
                 apply_edits(stack, block, anatomy, edits)
             yield model

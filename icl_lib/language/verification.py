@@ -43,7 +43,7 @@ def verify_tokens(
     error: list[list[float]] = []
     squared: list[float] = []
 
-    with bar_over(len(model.get_submodule(anatomy.blocks)), 3, progress) as bar, experts_one_by_one(model):
+    with bar_over(len(model.get_submodule(anatomy.blocks)), 3, progress) as bar, experts_one_by_one(model, anatomy):
         readings, logits = with_context(model, full_call(ids), first, visit=bar.update)
         prompted = prompted_by(ids, context_length, reference, first, readings)
         control, output_control = _without_edits(model, prompted, logits, prompts, bar.update)
@@ -54,7 +54,7 @@ def verify_tokens(
             squared.append((patched - output).to(wide(patched)).square().mean().item())
             bar.update()
 
-        _, answer = without_context(model, prompted, outer, joint, visit=note)
+        _, answer = without_context(model, prompted, outer, joint, edits=False, visit=note)
     return Report(
         model=type(model).__name__,
         reference=reference,
