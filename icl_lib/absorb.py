@@ -236,7 +236,7 @@ def absorb(
 
     (Innocenti and Achour, Theorem 1; see :mod:`icl_lib.absorb` for the symbols). Skip connections or none, layer norm
     before or after the sublayers or none, causal or not, any depth. One pass over the prompt is all it takes; a
-    language model is then run once on the bare query (:mod:`icl_lib.language.absorb`).
+    language model is then run once on the bare query (:mod:`icl_lib.language.passes`).
 
     Args:
         model: any model with an :class:`~icl_lib.anatomy.Anatomy`; it is left as it was.

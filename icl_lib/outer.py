@@ -53,7 +53,8 @@ def output_update(change: Float[Tensor, "*#batch out"], hidden: Float[Tensor, "*
     Dherin, *Equivalence of Context and Parameter Updates in Modern Transformer Blocks* (arXiv 2511.17864).
 
     Shapes: ``change`` $\Delta h$ ``[*batch, out]``, ``hidden`` $y$ ``[*batch, in]``, what the matrix reads; leading
-    dimensions broadcast. Raises `ValueError` for a zero, NaN or infinite $y$, as :func:`weight_update` does.
+    dimensions broadcast. Raises `ValueError` for a zero, NaN or infinite $y$, as
+    :func:`icl_lib.theorem.weight_update` does.
 
     >>> output_update(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0])).dense()
     tensor([[0.0000, 0.5000],

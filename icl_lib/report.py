@@ -12,12 +12,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""The relative error up to which the identity is said to hold; :func:`verify` takes another."""
+"""The relative error up to which the identity is said to hold; :func:`icl_lib.verification.verify` takes another."""
 
 
 @dataclass(frozen=True)
 class Report:
-    r"""What :func:`verify` measured. Lists run over blocks, and inside over positions.
+    r"""What :func:`icl_lib.verification.verify` measured. Lists run over blocks, and inside over positions.
 
     An error is $\lVert T_{\text{patched}} - T(C, x)_i \rVert / \lVert T(C, x)_i \rVert$; the control is the same for
     the block without its edits. A language model is run as a whole, so there it is the stream after the block.

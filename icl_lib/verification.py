@@ -57,12 +57,13 @@ def verify(
     (Innocenti and Achour, Theorem 1), and that the whole patched model answers the bare query as it answers the prompt.
     Each block is checked as soon as it has run; of its edits only the query's are kept. A language model, which is fed
     token ids, is run as a whole on the bare query, with each edit from where its weight is first used
-    (:mod:`icl_lib.language.absorb`).
+    (:mod:`icl_lib.language.passes`).
 
     Args:
         model, inputs, context_length, reference, positions, outer, joint, progress: as for
             :func:`icl_lib.absorb.absorb`.
-        tolerance: the relative error up to which :attr:`Report.holds`; by default 1e-12 for float64, 1e-5 for float32.
+        tolerance: the relative error up to which :attr:`icl_lib.report.Report.holds`; by default 1e-12 for float64,
+            1e-5 for float32.
 
     Raises `ValueError` as :func:`icl_lib.absorb.absorb` does. An identity that fails is no error: it is reported. As in
     :func:`icl_lib.theorem.weight_update`, digits are lost where a query is much longer than the tokens of its context.

@@ -1,11 +1,11 @@
 r"""Where the language models of Hugging Face keep their parts: one entry an architecture, found by its ``model_type``.
 
-| form of the block | what is patched | |
-|---|---|---|
-| sequential | the inner maps, then the output | GPT-2, OPT, Llama, Mistral, Qwen, Phi-3, GPT-NeoX as a variant |
-| post-norm | the inner maps, then the scale of the norm behind the MLP | Gemma 3, OLMo 2 |
-| parallel | the output only: the MLP reads what no context has changed | GPT-NeoX (Pythia), GPT-J, Phi |
-| experts | the router, then the inner maps and the output of each active expert | Mixtral, Qwen 3 MoE |
+- Sequential blocks (GPT-2, OPT, Llama, Mistral, Qwen, Phi-3, a variant of GPT-NeoX): the inner maps are patched, then
+  the output.
+- With a norm behind the MLP (Gemma 3, OLMo 2): the inner maps, then the output and the norm's scale, or the scale
+  alone.
+- Parallel blocks (GPT-NeoX as in Pythia, GPT-J, Phi): the output only; the MLP reads what no context has changed.
+- Experts (Mixtral, Qwen 3 MoE): the router, then the inner maps and the output of each active expert.
 
 Another model whose blocks are like one of these needs one line:
 

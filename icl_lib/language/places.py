@@ -68,6 +68,7 @@ class FullScale(nn.Parameter):
     """
 
     def float(self) -> Tensor:
+        """The scale as it is."""
         return self.as_subclass(Tensor)
 
 
