@@ -33,6 +33,7 @@ CONFIGS = {
     "OPT, post-norm": lambda: transformers.OPTConfig(**_OPT, do_layer_norm_before=False),
     "Llama": lambda: transformers.LlamaConfig(**_GROUPED),
     "Mistral": lambda: transformers.MistralConfig(**_GROUPED, sliding_window=16),
+    "Qwen 2": lambda: transformers.Qwen2Config(**_GROUPED),
     "Qwen 3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8),
     "Phi-3": lambda: transformers.Phi3Config(**_GROUPED),
     # With its own embedding as the read-out, a random Gemma repeats the last token whatever stands before it.

@@ -1,6 +1,7 @@
 """A prompt as a LoRA adapter: written, loaded by PEFT, and compared with the prompted model."""
 
 import copy
+import gc
 import json
 
 import peft
@@ -24,7 +25,7 @@ def test_the_adapter_answers_as_the_prompted_model(name, tmp_path):
     model, ids = shared(name, torch.float32), prompts(1)
     before, wanted = state(model), model(ids).logits[:, -5:]
     patch = absorb(model, ids, LENGTH - 5)
-    assert patch.to_lora(tmp_path / "adapter", model) == tmp_path / "adapter"
+    assert patch.to_lora(tmp_path / "adapter") == tmp_path / "adapter"
     assert same(before, state(model))
     bare = patch.bare(ids)
     adapted = loaded(model, tmp_path / "adapter")
@@ -70,6 +71,16 @@ def test_an_earlier_adapter_is_replaced(tmp_path):
         patch = absorb(model, ids, LENGTH - tokens)
         patch.to_lora(tmp_path, model)
     assert relative(loaded(model, tmp_path)(**patch.bare(ids)).logits, model(ids).logits[:, -2:]) < 1e-5
+
+
+def test_a_patch_does_not_keep_its_model_alive(tmp_path):
+    model, ids = fresh("Llama", torch.float32), prompts(1)
+    patch = absorb(model, ids, LENGTH - 1)
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match=r"the model .* is gone: give to_lora\(path, model\)"):
+        patch.to_lora(tmp_path)
+    assert patch.to_lora(tmp_path, shared("Llama", torch.float32)) == tmp_path
 
 
 def test_what_no_adapter_can_hold_is_refused(tmp_path):

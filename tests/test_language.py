@@ -7,6 +7,7 @@ import sys
 import accelerate
 import pytest
 import torch
+import transformers
 from language import CONFIGS, LENGTH, MIXTURES, fresh, prompts, relative, same, shared, state
 
 from icl_lib import LanguagePatch, Patch, absorb, greedy_agreement, verify
@@ -204,6 +205,17 @@ def test_a_patch_for_another_model_is_refused(other):
     with pytest.raises(ValueError, match="patch the model it"), patch.applied(model):
         pass
     assert same(state(model), state(model))
+
+
+def test_gemma_with_its_image_tower():
+    text = CONFIGS["Gemma 3"]().to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text, {**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().double()
+    report = verify(model, prompts(1), LENGTH - 1)
+    assert report.holds
+    assert report.model == "Gemma3ForConditionalGeneration"
+    assert report.output_control > 1e-2
 
 
 def test_a_mixture_may_run_as_it_likes_outside():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +31,7 @@ def absorb_tokens(
         readings, _ = with_context(model, full_call(ids), first, keep=1, outputs=False, visit=bar.update)
         prompted = prompted_by(ids, context_length, reference, first, readings)
         blocks, _ = without_context(model, prompted, outer, joint, keep=1, visit=lambda *_: bar.update())
-    return LanguagePatch(blocks, anatomy, reference, first, context_length, outer, prompted, joint)
+    return LanguagePatch(blocks, anatomy, reference, first, context_length, outer, prompted, joint, weakref.ref(model))
 
 
 def first_token(context_length: int, reference: str, positions: str | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class LanguagePatch(Patch):
         outer_kind: what takes the change of the stream: ``down``, ``bias`` or ``scale``.
         prompted: the query, and what the blocks read with the context: what a joint patch is made from.
         is_joint: whether one edit a map serves all positions.
+        source: gives the model that the patch was made from, as long as there is one.
     """
 
     blocks: tuple[LanguageBlockPatch, ...]
@@ -41,6 +42,7 @@ class LanguagePatch(Patch):
     outer_kind: str
     prompted: Prompted
     is_joint: bool
+    source: Callable[[], nn.Module | None]
 
     def bare(self, inputs: Tensor) -> Call:
         """What the patched model is fed in place of token ids ``[*batch, n]``: ``model(**patch.bare(ids))``.
@@ -61,12 +63,15 @@ class LanguagePatch(Patch):
 
         $$\Delta V = V (Z_C - Z_0)\, Z_0^+, \qquad \Delta W_\text{down} = \Delta H\, Y^+$$
 
-        of rank at most the number of positions, from one more run of the bare query. Raises `ValueError` where the
-        vectors of the positions are linearly dependent, or where a bias or a scale alone would have to serve several,
-        naming block and map.
+        of rank at most the number of positions, from one more run of the bare query where there are several. Raises
+        `ValueError` where the vectors of the positions are linearly dependent, or where a bias or a scale alone would
+        have to serve several, naming block and map.
         """
         if self.is_joint:
             return self
+        list(self._placed(model))  # all checks come before the run
+        if self.prompted.shape.numel() == 1:
+            return replace(self, blocks=tuple(block.of_one_token() for block in self.blocks), is_joint=True)
         with experts_one_by_one(model, self.anatomy):
             blocks, _ = without_context(model, self.prompted, self.outer_kind, joint=True, keep=1)
         return replace(self, blocks=blocks, is_joint=True)
@@ -90,7 +95,6 @@ class LanguagePatch(Patch):
         With several positions, one edit a map serves them all; see :meth:`joint`, also for the errors.
         """
         edits = self.joint(model)
-        list(edits._placed(model))  # all checks come before the copy
         merged = copy.deepcopy(model)
         with torch.no_grad():
             for where, block, _, patch in edits._placed(merged):
@@ -98,8 +102,10 @@ class LanguagePatch(Patch):
                     merge_edit(block, where, path, edit)
         return merged
 
-    def to_lora(self, path: str | Path, model: nn.Module) -> Path:
+    def to_lora(self, path: str | Path, model: nn.Module | None = None) -> Path:
         """Write the patch as an adapter that ``peft.PeftModel.from_pretrained(model, path)`` loads.
+
+        ``model`` is by default the one that the patch was made from.
 
         The folder gets ``adapter_config.json`` and ``adapter_model.safetensors``; the edits are those of :meth:`joint`.
         A norm's scale is saved in full beside the low-rank factors, as one of PEFT's ``modules_to_save``.
@@ -107,6 +113,9 @@ class LanguagePatch(Patch):
         Raises `ValueError` as :meth:`merged` does, and for a patch that lets a bias take the change: a bias is no LoRA,
         so absorb with ``outer='down'``.
         """
+        model = self.source() if model is None else model
+        if model is None:
+            raise ValueError("the model that this patch was made from is gone: give to_lora(path, model) one like it.")
         factors: dict[str, LowRank] = {}
         scales: dict[str, Tensor] = {}
         for index, (where, block, anatomy, patch) in enumerate(self.joint(model)._placed(model)):
