@@ -50,6 +50,10 @@ def test_verify_in_json_and_double_precision(folder):
     assert (report["context_length"], len(report["error"][0])) == (5, 2)
 
 
+def test_verify_on_whatever_devices_there_are(folder):
+    assert run("verify", "--model", folder, *IDS, "--device", "auto").exit_code == 0
+
+
 def test_verify_fails(folder):
     found = run("verify", "--model", folder, *TEXT, "--tolerance", "1e-30")
     assert found.exit_code == 1

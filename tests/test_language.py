@@ -98,6 +98,7 @@ def test_verification(name):
     assert [len(block) for block in every.error] == [LENGTH] * 6
     assert [len(block) for block in every.control] == [32] * 6
     assert every.tested == 31 / 32  # the first token has no context
+    assert every.output_control == pytest.approx(last.output_control, rel=1e-6)
     joint = verify(model, ids[:1], LENGTH - 4, joint=True)
     assert joint.holds, joint
     assert joint.tolerance == (1e-5 if name in POST_NORM else 1e-12)
@@ -208,11 +209,13 @@ def test_a_patch_for_another_model_is_refused(other):
 
 
 def test_gemma_with_its_image_tower():
-    text = CONFIGS["Gemma 3"]().to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.Gemma3Config(text, {**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4)
+    vision |= {"image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 96, "boi_token_index": 95, "eoi_token_index": 94}
+    parts = {"text_config": CONFIGS["Gemma 3"](), "vision_config": vision, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(**parts, **tokens)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().double()
-    report = verify(model, prompts(1), LENGTH - 1)
+    report = verify(model, prompts(1) % 94, LENGTH - 1)
     assert report.holds
     assert report.model == "Gemma3ForConditionalGeneration"
     assert report.output_control > 1e-2

@@ -46,7 +46,7 @@ def verify_tokens(
     with bar_over(len(model.get_submodule(anatomy.blocks)), 3, progress) as bar, experts_one_by_one(model, anatomy):
         readings, logits = with_context(model, full_call(ids), first, visit=bar.update)
         prompted = prompted_by(ids, context_length, reference, first, readings)
-        control, output_control = _without_edits(model, prompted, logits, prompts, bar.update)
+        control, output_control = _without_edits(model, prompted, logits, context_length - first, bar.update)
 
         def note(index: int, patched: Tensor) -> None:
             output = readings[index].output
@@ -76,10 +76,13 @@ def verify_tokens(
 
 
 def _without_edits(
-    model: nn.Module, prompted: Prompted, logits: Tensor, prompts: int, bar: Callable[[], Any]
+    model: nn.Module, prompted: Prompted, logits: Tensor, context: int, bar: Callable[[], Any]
 ) -> tuple[list[list[float]], float]:
-    """How far off the model is on the bare query: after each block at some positions, and in its logits."""
-    tokens, call = prompted.shape[-1], prompted.bare
+    """How far off the model is on the bare query: after each block at some positions, and in its logits.
+
+    The logits count at the positions after those ``context`` that belong to the context: the first has none of its own.
+    """
+    prompts, tokens, call = prompted.shape[:-1].numel(), prompted.shape[-1], prompted.bare
     some = torch.arange(tokens)
     if call["input_ids"].shape[1] == 1 and tokens > CONTROLS:  # each position is a row of its own
         some = torch.linspace(0, tokens - 1, CONTROLS).round().long()
@@ -100,7 +103,8 @@ def _without_edits(
             on_output(stack, block, functools.partial(note, index))
         answer = run(model, call)
     wanted = chosen(logits)
-    return control, relative(answer.reshape(wanted.shape), wanted).min().item()
+    off = relative(answer.reshape(wanted.shape), wanted).reshape(prompts, -1)
+    return control, off[:, (some >= context).to(off.device)].min().item()
 
 
 def _tolerance(dtype: torch.dtype, rounded: bool) -> float:
