@@ -168,7 +168,7 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
     independent; its rank is at most $m$.
 
     Shapes: ``reads`` ``[*batch, m, in]``, ``changes`` ``[*batch, m, out]``. Raises `ValueError` where the reads are
-    linearly dependent to the precision of their dtype.
+    linearly dependent to the precision of their dtype, or of float32 where that is less.
 
     >>> edit = least_norm_edit(torch.eye(3)[:2], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     >>> edit.dense()
@@ -179,7 +179,8 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
     scale, length, unit = (part.double() for part in directions(reads))
     basis, triangle = torch.linalg.qr(unit.mT)
     values = torch.linalg.svdvals(triangle)
-    dependent = ~(values[..., -1] > reads.shape[-2] * torch.finfo(reads.dtype).eps * values[..., 0])
+    precision = torch.float32 if reads.dtype.itemsize < 4 else reads.dtype
+    dependent = ~(values[..., -1] > reads.shape[-2] * torch.finfo(precision).eps * values[..., 0])
     if bool(dependent.any()):
         raise ValueError(
             f"reads{place(dependent)} are not linearly independent ({reads.shape[-2]} vectors, the smallest singular "

@@ -45,11 +45,6 @@ class LanguageBlockPatch:
         """All of them, by their path."""
         return {**self.inner, **self.outer}
 
-    def of_one_token(self) -> LanguageBlockPatch:
-        """The edits of a single token without leading dimensions."""
-        inner, outer = ({path: _first(edit) for path, edit in part.items()} for part in (self.inner, self.outer))
-        return LanguageBlockPatch(inner, outer, self.change, {})
-
     def norms(self) -> tuple[Tensor, Tensor]:
         """The size of the inner edits and of the outer ones at each position, ``[*batch, positions]``.
 
@@ -67,12 +62,6 @@ class LanguageBlockPatch:
             else:
                 squares[self.sent[expert]] += sizes.square()
         return squares.sqrt().reshape(self.change.shape[:-1])
-
-
-def _first(edit: LowRank | Tensor) -> LowRank | Tensor:
-    if isinstance(edit, Tensor):
-        return edit.reshape(-1, edit.shape[-1])[0]
-    return LowRank(edit.left.flatten(0, -3)[0], edit.right.flatten(0, -3)[0])
 
 
 def merge_edit(block: nn.Module, where: str, path: str, edit: LowRank | Tensor) -> None:

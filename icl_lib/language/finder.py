@@ -49,13 +49,21 @@ class Finder:
         reading: what it read with the context.
         outer: what takes the change of the stream: ``down``, ``bias`` or ``scale``.
         joint: whether one edit a map must serve all tokens.
+        formed: whether the block runs with the edited matrices formed, as it will when they are merged.
     """
 
     def __init__(
-        self, where: str, block: nn.Module, anatomy: Anatomy, reading: Reading, outer: str, joint: bool
+        self,
+        where: str,
+        block: nn.Module,
+        anatomy: Anatomy,
+        reading: Reading,
+        outer: str,
+        joint: bool = False,
+        formed: bool = False,
     ) -> None:
         self.where, self.block, self.anatomy, self.reading = where, block, anatomy, reading
-        self.kind, self.joint = outer, joint
+        self.kind, self.joint, self.formed = outer, joint, formed
         self.norm = block.get_submodule(anatomy.scale) if anatomy.scale else None
         self.found_inner: dict[str, LowRank] = {}
         self.found_outer: dict[str, LowRank | Tensor] = {}
@@ -71,16 +79,18 @@ class Finder:
         block, here = self.block, self.anatomy
         on_stream(stack, block, here, self._on_stream)
         if here.router:
-            stack.enter_context(edited(block, here.router, functools.partial(self._on_read, here.router)))
+            stack.enter_context(edited(block, here.router, functools.partial(self._on_read, here.router), self.formed))
             stack.callback(block.get_submodule(here.router).register_forward_hook(self._on_routed).remove)
             for path in here.inner:
-                stack.enter_context(edited_experts(block, path, functools.partial(self._on_expert_read, path)))
-            stack.enter_context(edited_experts(block, here.outer, self._on_expert_hidden))
+                stack.enter_context(
+                    edited_experts(block, path, functools.partial(self._on_expert_read, path), self.formed)
+                )
+            stack.enter_context(edited_experts(block, here.outer, self._on_expert_hidden, self.formed))
             return
         for path in here.inner:
-            stack.enter_context(edited(block, path, functools.partial(self._on_read, path)))
+            stack.enter_context(edited(block, path, functools.partial(self._on_read, path), self.formed))
         if self.kind != "scale":
-            stack.enter_context(edited(block, here.outer, self._on_hidden))
+            stack.enter_context(edited(block, here.outer, self._on_hidden, self.formed))
         if self.norm is not None:
             stack.enter_context(rescaled(self.norm, self._on_norm))
 

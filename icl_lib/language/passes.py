@@ -100,21 +100,24 @@ def without_context(
     prompted: Prompted,
     outer: str,
     joint: bool = False,
+    formed: bool = False,
     keep: int | None = None,
     edits: bool = True,
     visit: Callable[[int, Tensor], Any] = lambda *_: None,
 ) -> tuple[tuple[LanguageBlockPatch, ...], Tensor]:
     """Run the bare query once, finding the edits on the way; gives them, and the logits of the patched model.
 
-    ``joint`` asks for one edit a map that serves all positions; without ``edits`` they are forgotten block by block.
-    ``visit`` is called with the number of each block and the stream after it, ``[tokens, width]``.
+    ``joint`` asks for one edit a map that serves all positions. ``formed`` runs with the edited matrices themselves, so
+    that each block makes up for the rounding of those before it as it will be when they are merged. Without ``edits``
+    they are forgotten block by block. ``visit`` is called with the number of each block and the stream after it,
+    ``[tokens, width]``.
     """
     anatomy = anatomy_of(model)
     found: list[LanguageBlockPatch] = []
     with contextlib.ExitStack() as stack, torch.no_grad():
         for index, block in enumerate(model.get_submodule(anatomy.blocks)):
             where, reading = f"{anatomy.blocks}[{index}]", prompted.readings[index]
-            finder = Finder(where, block, anatomy.of(block), reading, outer, joint)
+            finder = Finder(where, block, anatomy.of(block), reading, outer, joint, formed)
             finder.install(stack)
 
             def after(out: Tensor, index: int = index, finder: Finder = finder) -> None:

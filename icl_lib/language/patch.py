@@ -58,22 +58,19 @@ class LanguagePatch(Patch):
             raise ValueError("this patch has edits for all positions: absorb with positions='query'.")
         return self
 
-    def joint(self, model: nn.Module) -> LanguagePatch:
+    def joint(self, model: nn.Module, formed: bool = False) -> LanguagePatch:
         r"""The same patch as one edit a map that serves all positions at once (and all prompts of a batch).
 
         $$\Delta V = V (Z_C - Z_0)\, Z_0^+, \qquad \Delta W_\text{down} = \Delta H\, Y^+$$
 
-        of rank at most the number of positions, from one more run of the bare query where there are several. Raises
-        `ValueError` where the vectors of the positions are linearly dependent, or where a bias or a scale alone would
-        have to serve several, naming block and map.
+        of rank at most the number of positions, from one more run of the bare query. With ``formed`` this run rounds as
+        a model with the matrices $V + \Delta V$ does, so that each block makes up for the rounding of those before it.
+        Raises `ValueError` where the vectors of the positions are linearly dependent, or where a bias or a scale alone
+        would have to serve several, naming block and map.
         """
-        if self.is_joint:
-            return self
         list(self._placed(model))  # all checks come before the run
-        if self.prompted.shape.numel() == 1:
-            return replace(self, blocks=tuple(block.of_one_token() for block in self.blocks), is_joint=True)
         with experts_one_by_one(model, self.anatomy):
-            blocks, _ = without_context(model, self.prompted, self.outer_kind, joint=True, keep=1)
+            blocks, _ = without_context(model, self.prompted, self.outer_kind, joint=True, formed=formed, keep=1)
         return replace(self, blocks=blocks, is_joint=True)
 
     @contextlib.contextmanager
@@ -94,7 +91,7 @@ class LanguagePatch(Patch):
 
         With several positions, one edit a map serves them all; see :meth:`joint`, also for the errors.
         """
-        edits = self.joint(model)
+        edits = self.joint(model, formed=True)
         merged = copy.deepcopy(model)
         with torch.no_grad():
             for where, block, _, patch in edits._placed(merged):
@@ -116,9 +113,10 @@ class LanguagePatch(Patch):
         model = self.source() if model is None else model
         if model is None:
             raise ValueError("the model that this patch was made from is gone: give to_lora(path, model) one like it.")
+        mixture = self.anatomy.router is not None  # whose matrices PEFT forms, and those of linear maps it does not
         factors: dict[str, LowRank] = {}
         scales: dict[str, Tensor] = {}
-        for index, (where, block, anatomy, patch) in enumerate(self.joint(model)._placed(model)):
+        for index, (where, block, anatomy, patch) in enumerate(self.joint(model, formed=mixture)._placed(model)):
             prefix = f"{self.anatomy.blocks}.{index}."
             for name, edit in patch.edits.items():
                 if isinstance(edit, LowRank):

@@ -43,20 +43,20 @@ def vector_at(block: nn.Module, path: str) -> Tensor:
 
 
 def edited(
-    block: nn.Module, path: str, edit: Callable[[Tensor, Tensor], Any]
+    block: nn.Module, path: str, edit: Callable[[Tensor, Tensor], Any], formed: bool = False
 ) -> contextlib.AbstractContextManager[None]:
     """Inside the ``with``, this linear map has an edited weight; see :class:`~icl_lib.language.shadow.EditedWeight`."""
     module = block.get_submodule(path)
-    return shadowed(module, "weight", EditedWeight(module.weight, edit))
+    return shadowed(module, "weight", EditedWeight(module.weight, edit, formed))
 
 
 def edited_experts(
-    block: nn.Module, path: str, edit: Callable[[int, Tensor, Tensor], Any]
+    block: nn.Module, path: str, edit: Callable[[int, Tensor, Tensor], Any], formed: bool = False
 ) -> contextlib.AbstractContextManager[None]:
     """The same for a parameter that holds the matrices of all experts."""
     parent, _, name = path.rpartition(".")
     module = block.get_submodule(parent)
-    return shadowed(module, name, EditedExperts(getattr(module, name), edit))
+    return shadowed(module, name, EditedExperts(getattr(module, name), edit, formed))
 
 
 class FullScale(nn.Parameter):

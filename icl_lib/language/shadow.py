@@ -51,6 +51,8 @@ class EditedWeight:
             gives what is added to each answer: a :class:`~icl_lib.low_rank.LowRank` ``[out, in]`` or
             ``[tokens, out, in]``, a tensor ``[out]`` or ``[tokens, out]``, or None.
 
+        formed: answer by the edited matrix, formed for the time of one product: as a merged model will round.
+
     >>> weight = EditedWeight(torch.eye(2), lambda read, answer: LowRank(torch.ones(2, 1), torch.ones(2, 1)))
     >>> functional.linear(torch.tensor([[1.0, 2.0]]), weight)
     tensor([[4., 5.]])
@@ -58,8 +60,8 @@ class EditedWeight:
 
     _SAFE = frozenset({"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "size", "dim"})
 
-    def __init__(self, weight: Tensor, edit: Edit) -> None:
-        self._weight, self._edit = weight, edit
+    def __init__(self, weight: Tensor, edit: Edit, formed: bool = False) -> None:
+        self._weight, self._edit, self._formed = weight, edit, formed
 
     def __getattr__(self, name: str) -> Any:
         if name in EditedWeight._SAFE:
@@ -78,34 +80,42 @@ class EditedWeight:
                 f"a patched model multiplies by an edited weight with {getattr(function, '__name__', function)}, which "
                 "would not see the edits: use Patch.merged, or for experts model.set_experts_implementation('eager')."
             )
-        if function is torch.addmm:
-            answer = torch.addmm(arguments["bias"], read, weight._weight)
-        else:
-            answer = functional.linear(read, weight._weight, arguments.get("bias"))
-        return weight._plus(answer, read)
 
-    def _plus(self, answer: Tensor, read: Tensor) -> Tensor:
+        def product(matrix: Tensor) -> Tensor:
+            if function is torch.addmm:
+                return torch.addmm(arguments["bias"], read, matrix)
+            return functional.linear(read, matrix, arguments.get("bias"))
+
+        answer = product(weight._weight)
         flat = read.reshape(-1, read.shape[-1])
-        edit = self._edit(flat, answer.reshape(-1, answer.shape[-1]))
+        edit = weight._edit(flat, answer.reshape(-1, answer.shape[-1]))
         if edit is None:
             return answer
-        tokens = edit.batch_shape if isinstance(edit, LowRank) else edit.shape[:-1]
-        if tokens and tokens.numel() != flat.shape[0]:
-            raise ValueError(
-                f"a patched map reads {flat.shape[0]} tokens and its patch was made for {tokens.numel()}: feed the "
-                "patched model patch.bare(inputs)."
-            )
-        # The answer is nobody else's yet: adding to it in place saves an allocation as large as itself.
-        rows = answer.view(-1, answer.shape[-1])
-        if isinstance(edit, Tensor):
-            rows += edit
-        elif tokens and edit.left.shape[-1] == 1:
-            rows.addcmul_(edit.left.squeeze(-1), (edit.right.mT @ flat.unsqueeze(-1)).squeeze(-1))
-        elif tokens:
-            rows += edit.matvec(flat)
-        else:
-            rows.addmm_(flat @ edit.right, edit.left.mT)
-        return answer
+        if weight._formed and isinstance(edit, LowRank):
+            dense = edit.dense()
+            return product(weight._weight + (dense.mT if function is torch.addmm else dense))
+        return _plus(answer, flat, edit)
+
+
+def _plus(answer: Tensor, flat: Tensor, edit: LowRank | Tensor) -> Tensor:
+    """Add an edit's part to the answers, in place."""
+    tokens = edit.batch_shape if isinstance(edit, LowRank) else edit.shape[:-1]
+    if tokens and tokens.numel() != flat.shape[0]:
+        raise ValueError(
+            f"a patched map reads {flat.shape[0]} tokens and its patch was made for {tokens.numel()}: feed the "
+            "patched model patch.bare(inputs)."
+        )
+    # The answer is nobody else's yet: adding to it in place saves an allocation as large as itself.
+    rows = answer.view(-1, answer.shape[-1])
+    if isinstance(edit, Tensor):
+        rows += edit
+    elif tokens and edit.left.shape[-1] == 1:
+        rows.addcmul_(edit.left.squeeze(-1), (edit.right.mT @ flat.unsqueeze(-1)).squeeze(-1))
+    elif tokens:
+        rows += edit.matvec(flat)
+    else:
+        rows.addmm_(flat @ edit.right, edit.left.mT)
+    return answer
 
 
 _PRODUCTS = {functional.linear: ("input", "weight", "bias"), torch.addmm: ("bias", "input", "weight")}
@@ -116,15 +126,16 @@ class EditedExperts:
 
     Args:
         weight: the parameter.
-        edit: a function of the expert, of the vectors that it reads and of its answers; see :class:`EditedWeight`.
+        edit: a function of the expert, of the vectors that it reads and of its answers.
+        formed: see :class:`EditedWeight`.
     """
 
-    def __init__(self, weight: Tensor, edit: Callable[[int, Tensor, Tensor], Any]) -> None:
-        self._weight, self._edit = weight, edit
+    def __init__(self, weight: Tensor, edit: Callable[[int, Tensor, Tensor], Any], formed: bool = False) -> None:
+        self._weight, self._edit, self._formed = weight, edit, formed
 
     def __getitem__(self, expert: Any) -> EditedWeight:
         number = int(expert)
-        return EditedWeight(self._weight[number], functools.partial(self._edit, number))
+        return EditedWeight(self._weight[number], functools.partial(self._edit, number), self._formed)
 
     @classmethod
     def __torch_function__(cls, function: Callable, *_: Any) -> Any:
