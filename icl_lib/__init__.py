@@ -2,22 +2,31 @@
 
 from typing import Any
 
+import icl_lib.language.architectures  # noqa: F401  (the models that it describes become known)
 from icl_lib.absorb import absorb
 from icl_lib.anatomy import Anatomy, register_anatomy
 from icl_lib.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
+from icl_lib.language.block_patch import LanguageBlockPatch
+from icl_lib.language.generation import Agreement, greedy_agreement
+from icl_lib.language.patch import LanguagePatch
 from icl_lib.low_rank import LowRank
+from icl_lib.outer import output_update, scale_update, turning_update
 from icl_lib.patch import BlockPatch, Patch
-from icl_lib.theorem import alignment, bias_update, weight_update
+from icl_lib.report import Report
+from icl_lib.theorem import alignment, bias_update, joint_weight_update, least_norm_edit, weight_update
 from icl_lib.transformer import Transformer, TransformerConfig
-from icl_lib.verification import Report, verify
+from icl_lib.verification import verify
 
 __all__ = [
     "GRU",
+    "Agreement",
     "Anatomy",
     "BlockPatch",
     "ContextualBlock",
     "ImplicitUpdate",
+    "LanguageBlockPatch",
+    "LanguagePatch",
     "LinearAttention",
     "LowRank",
     "MeanPooling",
@@ -31,9 +40,15 @@ __all__ = [
     "alignment",
     "bias_update",
     "explore",
+    "greedy_agreement",
     "implicit_update",
+    "joint_weight_update",
     "kept_context",
+    "least_norm_edit",
+    "output_update",
     "register_anatomy",
+    "scale_update",
+    "turning_update",
     "verify",
     "weight_update",
 ]

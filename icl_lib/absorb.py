@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.anatomy import Anatomy, anatomy_of
+from icl_lib.language.absorb import absorb_tokens
+from icl_lib.language.call import accepted, check_lengths, check_tokens, is_tokens
 from icl_lib.patch import BlockPatch, Patch, without_context
 from icl_lib.structure import require_deterministic
 from icl_lib.theorem import bias_update, weight_update
@@ -164,25 +165,39 @@ def observe(
         return model(inputs)
 
 
-def check_absorb(model: Any, inputs: Any, context_length: Any, reference: Any, positions: Any) -> None:
+def check_absorb(
+    model: Any,
+    inputs: Any,
+    context_length: Any,
+    reference: Any,
+    positions: Any,
+    outer: Any = None,
+    joint: Any = False,
+    progress: Any = False,
+) -> None:
     """Require arguments that :func:`absorb` can work with."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module.")
     anatomy_of(model)
+    if is_tokens(inputs):
+        check_tokens(model, inputs, context_length, reference, positions, outer, joint)
+        return
+    if {"input_ids", "position_ids"} <= accepted(model) and isinstance(inputs, Tensor):
+        raise ValueError(
+            f"inputs have dtype {inputs.dtype} and {type(model).__name__} is a language model: give it token ids "
+            "[*batch, n], whole numbers."
+        )
+    if joint or outer not in (None, "bias"):
+        raise ValueError(
+            "joint=True and outer are for language models, which are fed token ids: a float stream has one edit for "
+            "each position, and the output bias takes the change."
+        )
     require_float("inputs", inputs, 2, "[*batch, n, dim]")
     require_finite("inputs", inputs, "look for the NaN or infinity where the inputs are made.")
     length = inputs.shape[-2]
     if not inputs.numel():
         raise ValueError(f"inputs have shape {tuple(inputs.shape)}: there is no prompt in them.")
-    if isinstance(context_length, bool) or not isinstance(context_length, numbers.Integral):
-        raise ValueError(f"context_length is {context_length!r}: give the number of tokens that the patch replaces.")
-    if not 1 <= context_length < length:
-        raise ValueError(
-            f"context_length is {context_length} and inputs hold {length} tokens: at least one token must be replaced "
-            f"and one be left to ask; give 1 … {length - 1}."
-            if length > 1
-            else f"inputs hold {length} token(s): a context and a query need at least two."
-        )
+    check_lengths(length, context_length)
     if reference not in REFERENCES:
         raise ValueError(f"reference is {reference!r}: choose 'query' or 'self'.")
     if positions not in (None, "all", "query"):
@@ -211,26 +226,36 @@ def absorb(
     context_length: int,
     reference: str = "query",
     positions: str | None = None,
+    outer: str | None = None,
+    joint: bool = False,
+    progress: bool = False,
 ) -> Patch:
-    r"""Turn the context of a prompt into weight edits, for every block and position, from one pass over the prompt.
+    r"""Turn the context of a prompt into weight edits, for every block and position.
 
     $$\Delta W_i = \frac{W (g_i - f_i) f_i^\top}{\lVert f_i \rVert^2}, \qquad \Delta b'_i = h_i - h_{0,i}$$
 
     (Innocenti and Achour, Theorem 1; see :mod:`icl_lib.absorb` for the symbols). Skip connections or none, layer norm
-    before or after the sublayers or none, causal or not, any depth.
+    before or after the sublayers or none, causal or not, any depth. One pass over the prompt is all it takes; a
+    language model is then run once on the bare query (:mod:`icl_lib.language.passes`).
 
     Args:
         model: any model with an :class:`~icl_lib.anatomy.Anatomy`; it is left as it was.
-        inputs: the whole prompt, ``[*batch, n, dim]``, the query last.
+        inputs: the whole prompt, the query last: the float stream ``[*batch, n, dim]``, or the token ids
+            ``[*batch, n]`` of a language model.
         context_length: how many tokens, from the first on, the patch replaces: $1 \dots n - 1$.
         reference: what a patched block is fed instead of the whole stream. ``query``: the stream of the tokens after
             the context, as the context left it; a single query token reproduces *every* position, the context's
             included. ``self``: each token's own stream alone, so that $f_i$ comes from token $i$ itself.
         positions: ``all``, or only those after the context (``query``). By default all that are possible: with several
-            query tokens and reference ``query``, each can only stand in for itself.
+            query tokens and reference ``query``, each can only stand in for itself, and so it is with token ids.
+        outer: for language models, what takes the change of the stream: the MLP's last matrix (``down``, the default),
+            its bias (``bias``), or the scale of the norm behind it (``scale``). Behind such a norm ``down`` turns what
+            the norm reads, and the scale stretches it (:func:`icl_lib.outer.turning_update`).
+        joint: for language models, one edit a map that serves all positions at once, instead of one for each.
+        progress: for language models, show a bar over blocks.
 
-    Raises `ValueError` for a model of unknown anatomy, for inputs that are not finite, a context of no token, no token
-    left to ask, and where some $f_i$ is zero, naming the block: the theorem excludes it.
+    Raises `ValueError` for a model of unknown anatomy, for inputs that are not finite or no tokens of the model, a
+    context of no token, no token left to ask, and where some $f_i$ is zero, naming the block: the theorem excludes it.
 
     >>> from icl_lib import Transformer, TransformerConfig
     >>> model = Transformer(TransformerConfig(dim=3, blocks=5, heads=3, hidden_layers=2)).double()
@@ -239,6 +264,8 @@ def absorb(
     >>> patch.blocks[0].weight.shape
     torch.Size([128, 51, 12, 3])
     """
+    if is_tokens(inputs):
+        return absorb_tokens(model, inputs, context_length, reference, positions, outer, joint, progress)
     first = first_position(inputs, context_length, reference, positions)
     blocks: list[BlockPatch] = []
     observe(model, inputs, context_length, reference, first, lambda seen: blocks.append(seen.edits))

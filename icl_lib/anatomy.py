@@ -13,7 +13,7 @@ Anatomy(blocks='blocks', stream='norm_mlp', inner=('mlp.0',), outer='mlp.2')
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -25,12 +25,16 @@ Say where the model keeps its parts; for a pre-norm model whose blocks have atte
 
     from icl_lib.anatomy import Anatomy, register_anatomy
     register_anatomy({name}, Anatomy(blocks="blocks", stream="norm", inner=("mlp.up",), outer="mlp.down"))
+
+icl_lib/language/architectures.py has entries of many other forms.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Anatomy:
     r"""Places in a model, as paths that `torch.nn.Module.get_submodule` takes.
+
+    The first four say it for a block of the plain form; the others are for language models, which are fed token ids.
 
     Attributes:
         blocks: in the model, the list of blocks; a block is called as ``block(stream)`` and returns a stream.
@@ -39,23 +43,55 @@ class Anatomy:
         inner: in a block, the linear maps that read $z$, what the MLP reads; nothing else may read it.
         outer: in a block, the linear map whose bias is added to the stream after the MLP, $b'$; None where the block
             has no skip connection around its MLP, so that $h$ reaches the output only through $z$.
+        parallel: whether the MLP reads the stream as it came in, which no context has changed yet. Then ``inner`` is
+            empty and ``stream`` names the attention, whose answer joins the stream at the end.
+        scale: in a block, the norm between the MLP and the stream, whose scale is a vector ``weight``.
+        router: in a block with experts, the module that chooses them, whose logits are its ``weight`` times $z$. Then
+            ``inner`` and ``outer`` are parameters ``[expert, out, in]``.
+        otherwise: the places in those blocks that have no ``router``, where only some have experts.
     """
 
     blocks: str
     stream: str
     inner: tuple[str, ...]
     outer: str | None
+    _: KW_ONLY
+    parallel: bool = False
+    scale: str | None = None
+    router: str | None = None
+    otherwise: Anatomy | None = None
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "stream", "outer"):
+        for name in ("blocks", "stream", "outer", "scale", "router"):
             value = getattr(self, name)
-            if not (isinstance(value, str) and value) and not (name == "outer" and value is None):
+            optional = name in ("outer", "scale", "router")
+            if not (isinstance(value, str) and value) and not (optional and value is None):
                 raise ValueError(f"{name} is {value!r}: give a path, such as 'mlp.0'.")
-        if not isinstance(self.inner, tuple) or not self.inner or not all(isinstance(path, str) for path in self.inner):
-            raise ValueError(f"inner is {self.inner!r}: give a tuple of paths, such as ('mlp.0',).")
+        paths = isinstance(self.inner, tuple) and all(isinstance(path, str) for path in self.inner)
+        if not paths or bool(self.inner) == self.parallel:
+            needed = "an empty tuple, as the MLP of a parallel block needs no edit" if self.parallel else "a tuple"
+            raise ValueError(f"inner is {self.inner!r}: give {needed} of paths, such as ('mlp.0',).")
+
+    @property
+    def outer_choices(self) -> tuple[str, ...]:
+        r"""What can take $\Delta h$ in a language model, the default first: see :func:`icl_lib.absorb.absorb`."""
+        if self.router:
+            return ("down",)
+        return ("down", "bias") if self.scale is None else ("down", "scale")
+
+    def of(self, block: nn.Module) -> Anatomy:
+        """The places in this block: ``otherwise`` where it has no router."""
+        return self if self.otherwise is None or _has(block, self.router) else self.otherwise
+
+    def __repr__(self) -> str:
+        said = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        kept = [f"{name}={value!r}" for name, value in said[:4]]
+        return f"Anatomy({', '.join(kept + [f'{name}={value!r}' for name, value in said[4:] if value])})"
 
 
 _ENTRIES: dict[type, Anatomy | Callable[[Any], Anatomy]] = {}
+ARCHITECTURES: dict[str, Anatomy | Callable[[Any], Anatomy]] = {}
+"""Entries by the ``model.config.model_type`` of Hugging Face, so that their classes need not be imported."""
 
 
 def register_anatomy(model_type: Any, entry: Any) -> None:
@@ -85,8 +121,11 @@ def anatomy_of(model: Any) -> Anatomy:
     model, naming the place.
     """
     entry = next((_ENTRIES[cls] for cls in type(model).__mro__ if cls in _ENTRIES), None)
+    _require_unadapted(model)
     if entry is None:
-        known = ", ".join(sorted(cls.__name__ for cls in _ENTRIES))
+        entry = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", None))
+    if entry is None:
+        known = ", ".join([*sorted(cls.__name__ for cls in _ENTRIES), *sorted(ARCHITECTURES)])
         name = type(model).__name__
         raise ValueError(
             f"model is a {name}, whose anatomy is unknown (known: {known}). {HOW_TO_REGISTER.format(name=name)}"
@@ -106,27 +145,58 @@ def _require_places(model: nn.Module, anatomy: Anatomy) -> None:
         raise ValueError(f"the model's {anatomy.blocks!r} is no list of blocks: it must be a torch.nn.ModuleList.")
     owners: dict[int, str] = {}
     for index, block in enumerate(blocks):
-        where = f"{anatomy.blocks}[{index}]"
-        _place(block, where, anatomy.stream)
-        for path in (*anatomy.inner, *filter(None, [anatomy.outer])):
-            linear = _place(block, where, path)
-            _require_linear(linear, f"{where}.{path}")
-            if id(linear) in owners:
+        where, here = f"{anatomy.blocks}[{index}]", anatomy.of(block)
+        for path in filter(None, (here.stream, here.scale, here.router)):
+            _place(block, where, path)
+        for path in (*here.inner, *filter(None, [here.outer])):
+            if here.router:
+                holder, kept = parameter_at(block, path, where), f"{where}.{path}"
+            else:
+                holder, kept = _place(block, where, path), f"{where}.{path}"
+                _require_linear(holder, kept)
+            if id(holder) in owners:
                 raise ValueError(
-                    f"{where}.{path} is the same module as {owners[id(linear)]}, and each needs edits of its own: give "
+                    f"{kept} is the same module as {owners[id(holder)]}, and each needs edits of its own: give "
                     "each place a copy (copy.deepcopy)."
                 )
-            owners[id(linear)] = f"{where}.{path}"
+            owners[id(holder)] = kept
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None:
             raise ValueError(f"model.{name} is compiled, and would not see the edits: take the model before compile().")
 
 
+def _require_unadapted(model: Any) -> None:
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if type(module).__module__.split(".")[0] == "peft":
+            raise ValueError(
+                f"model{name and '.'}{name} is a {type(module).__name__}: the model carries an adapter already, which "
+                "the edits would not see. Call model.merge_and_unload() first, or take the model without it."
+            )
+
+
+def parameter_at(block: nn.Module, path: str, where: str) -> nn.Parameter:
+    """The parameter of this path, ``[expert, out, in]``."""
+    parent, _, name = path.rpartition(".")
+    weight = getattr(_place(block, where, parent), name, None)
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 3:
+        raise ValueError(f"{where}.{path} is a {type(weight).__name__}: it must be a parameter [expert, out, in].")
+    return weight
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether the map holds its weight as ``[in, out]``, as GPT-2's do."""
+    return f"{type(linear).__module__}.{type(linear).__name__}" == "transformers.pytorch_utils.Conv1D"
+
+
 def _require_linear(linear: Any, where: str) -> None:
     """Require a map that answers $W z + b$ and nothing else: it is its weights that are edited."""
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        raise ValueError(f"{where} is a {type(linear).__name__}: it must be a plain torch.nn.Linear.")
-    if linear._forward_hooks or linear._forward_pre_hooks:
+    plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    if not (plain or is_transposed(linear)) or not linear.weight.dtype.is_floating_point:
+        raise ValueError(
+            f"{where} is a {type(linear).__name__}: it must be a plain torch.nn.Linear. (Quantised models: load the "
+            "weights as bfloat16 or float32.)"
+        )
+    if linear._forward_hooks or linear._forward_pre_hooks or "weight" in vars(linear):
         raise ValueError(
             f"{where} carries a forward hook, so it need not answer W z + b: leave the `with` block in which the model "
             "is patched, or remove the hook."
@@ -138,6 +208,14 @@ def _place(module: nn.Module, where: str, path: str) -> Any:
         return module.get_submodule(path)
     except AttributeError as error:
         raise ValueError(f"{where} has no {path!r} ({error}): correct the entry with register_anatomy.") from None
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _transformer(model: Transformer) -> Anatomy:

@@ -90,19 +90,32 @@ def weight_update(
     >>> (W + update.dense()) @ torch.tensor([1.0, 0.0])  # = W @ [1, 1]
     tensor([2., 3.])
     """
-    # Dividing by a power of two rounds nothing, and keeps ‖a₀‖² from underflowing or overflowing.
-    exponent = torch.frexp(a_without.abs().amax(-1, keepdim=True).double()).exponent
-    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 1).to(a_without.dtype)
-    scaled = a_without / scale
-    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    scale, length, unit = directions(a_without)
     left = ((a_with - a_without) / scale / length) @ weight.mT
+    require_representable(left, "W(a_C − a₀)/‖a₀‖", "a₀")
+    return LowRank(left.unsqueeze(-1), unit.unsqueeze(-1))
+
+
+def directions(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A power of two, how many of it each vector is long, and the vector's direction.
+
+    The length itself might overflow or vanish; a power of two rounds nothing.
+    """
+    exponent = torch.frexp(vectors.abs().amax(-1, keepdim=True).double()).exponent
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 1).to(vectors.dtype)
+    scaled = vectors / scale
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return scale, length, scaled / length
+
+
+def require_representable(left: Tensor, formula: str, divisor: str) -> None:
+    """Require a quotient that its dtype can hold."""
     require_finite(
         "the update's left factor",
         left,
-        f"W(a_C − a₀)/‖a₀‖ is too large for {weight.dtype}: a₀ is very small, or the others are very large. "
+        f"{formula} is too large for {left.dtype}: {divisor} is very small, or the others are very large. "
         "Use a wider dtype.",
     )
-    return LowRank(left.unsqueeze(-1), (scaled / length).unsqueeze(-1))
 
 
 @validated_by(_check_activations)
@@ -125,6 +138,84 @@ def bias_update(
     tensor([0., 1.])
     """
     return a_with - a_without
+
+
+def _check_least_norm_edit(reads: Any, changes: Any) -> None:
+    require_float("reads", reads, 2, "[*batch, m, in]")
+    require_float("changes", changes, 2, "[*batch, m, out]")
+    require_same_kind("reads", reads, changes=changes)
+    for name, vectors in (("reads", reads), ("changes", changes)):
+        require_finite(name, vectors, "look for overflow or NaN weights before it.")
+    if reads.shape[:-1] != changes.shape[:-1]:
+        raise ValueError(
+            f"reads have shape {tuple(reads.shape)} and changes {tuple(changes.shape)}: give one change for each read."
+        )
+    many, width = reads.shape[-2:]
+    if many > width:
+        raise ValueError(f"{many} vectors of width {width} are not linearly independent: no one edit serves them all.")
+    zero = (reads == 0).all(-1)
+    if bool(zero.any()):
+        raise ValueError(f"reads{place(zero)} is zero, so the reads are not linearly independent: no edit acts on it.")
+
+
+@validated_by(_check_least_norm_edit)
+def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor, "*batch m out"]) -> LowRank:
+    r"""The smallest edit of a weight that changes what it answers to each of $m$ vectors as asked.
+
+    $$D = C R^+, \qquad D\, r_k = c_k ,$$
+
+    with the vectors as the columns of $R$ and $C$, and the Moore–Penrose inverse. Exact while the $r_k$ are linearly
+    independent; its rank is at most $m$.
+
+    Shapes: ``reads`` ``[*batch, m, in]``, ``changes`` ``[*batch, m, out]``. Raises `ValueError` where the reads are
+    linearly dependent to the precision of their dtype, or of float32 where that is less.
+
+    >>> edit = least_norm_edit(torch.eye(3)[:2], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> edit.dense()
+    tensor([[1., 3., 0.],
+            [2., 4., 0.]])
+    """
+    # Directions alone decide on independence; the triangular factor of a few columns costs nothing in float64.
+    scale, length, unit = (part.double() for part in directions(reads))
+    basis, triangle = torch.linalg.qr(unit.mT)
+    values = torch.linalg.svdvals(triangle)
+    precision = torch.float32 if reads.dtype.itemsize < 4 else reads.dtype
+    dependent = ~(values[..., -1] > reads.shape[-2] * torch.finfo(precision).eps * values[..., 0])
+    if bool(dependent.any()):
+        raise ValueError(
+            f"reads{place(dependent)} are not linearly independent ({reads.shape[-2]} vectors, the smallest singular "
+            "value of their directions is nearly zero): no one edit serves them all. Give each position its own."
+        )
+    left = torch.linalg.solve_triangular(triangle, (changes / scale / length).mT, upper=True, left=False)
+    left = left.to(reads.dtype)
+    require_representable(left, "C R⁺", "a read")
+    return LowRank(left, basis.to(reads.dtype))
+
+
+def _check_joint(weight: Any, a_without: Any, a_with: Any) -> None:
+    _check_weight_update(weight, a_without, a_with)
+    require_float("a_without", a_without, 2, "[*batch, m, in]")
+
+
+@validated_by(_check_joint)
+def joint_weight_update(
+    weight: Float[Tensor, "out in_"], a_without: Float[Tensor, "*batch m in_"], a_with: Float[Tensor, "*batch m in_"]
+) -> LowRank:
+    r"""One edit that has the effect of the removed context on $m$ queries at once.
+
+    $$\Delta V = V (Z_C - Z_0)\, Z_0^+, \qquad (V + \Delta V)\, z_0^k = V z_C^k .$$
+
+    :func:`weight_update` is $m = 1$. Exact while the $z_0^k$ are linearly independent, so for at most ``in`` queries.
+
+    Shapes: ``weight`` ``[out, in]``; ``a_without`` $Z_0$ and ``a_with`` $Z_C$ ``[*batch, m, in]``. Raises `ValueError`
+    as :func:`weight_update` does, and where the $z_0^k$ are linearly dependent.
+
+    >>> V, Z_0, Z_C = torch.randn(5, 4).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    >>> edited = V + joint_weight_update(V, Z_0, Z_C).dense()
+    >>> torch.allclose(Z_0 @ edited.mT, Z_C @ V.mT, rtol=1e-12)
+    True
+    """
+    return least_norm_edit(a_without, (a_with - a_without) @ weight.mT)
 
 
 def alignment(first: LowRank, second: LowRank) -> Tensor:

@@ -12,11 +12,14 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 # Data flows down this list: a module imports only what stands above it.
 LAYERS = [
-    "validation environment sweep low_rank theorem running_average contextual structure edits block transformer "
-    "anatomy patch absorb verification dynamics.prefixes dynamics.path dynamics.lms dynamics.from_left "
-    "dynamics.task regression fine_tuning experiments.one_block experiments.alignment experiments.every_block "
-    "experiments.paper_scale experiments.token_by_token experiments.__main__ figures plots.one_block plots.cost "
-    "plots.every_block plots.token_by_token widgets.page widgets.playground widgets.explorer",
+    "validation environment sweep low_rank theorem outer running_average contextual structure edits block "
+    "transformer anatomy report patch language.architectures language.shadow language.places language.watch "
+    "language.call language.adapter language.block_patch language.finder language.passes language.patch "
+    "language.absorb language.verification language.generation absorb verification cli __main__ dynamics.prefixes "
+    "dynamics.path dynamics.lms dynamics.from_left dynamics.task regression fine_tuning experiments.one_block "
+    "experiments.alignment experiments.every_block experiments.paper_scale experiments.token_by_token "
+    "experiments.language experiments.__main__ figures plots.one_block plots.cost plots.every_block "
+    "plots.token_by_token plots.language widgets.page widgets.playground widgets.explorer",
     "symbolic.notation symbolic.derivation symbolic.least_norm symbolic.any_size symbolic.solutions "
     "symbolic.skip_connection symbolic.attention symbolic.normalization symbolic.residual_block "
     "symbolic.every_position symbolic.stacked symbolic.alignment symbolic.hidden_units symbolic.token_step "
@@ -31,7 +34,7 @@ def pins(file):
 
 def test_the_readme_examples_run():
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     exec(compile("\n".join(examples), "README.md", "exec"), {})
 
 

@@ -8,6 +8,7 @@ from icl_lib.experiments.every_block import (
     measure_every_block,
     run_every_block,
 )
+from icl_lib.experiments.language import LANGUAGE_MODELS, small_language_model
 from icl_lib.experiments.one_block import (
     ONE_BLOCK,
     TrainingCurves,
@@ -33,6 +34,7 @@ from icl_lib.experiments.token_by_token import (
 __all__ = [
     "BLOCK_COLUMNS",
     "COLUMNS",
+    "LANGUAGE_MODELS",
     "ONE_BLOCK",
     "VARIED",
     "BesideSGD",
@@ -56,6 +58,7 @@ __all__ = [
     "renumbered",
     "run_edited",
     "run_every_block",
+    "small_language_model",
     "summarise",
     "training_curves",
     "validate",

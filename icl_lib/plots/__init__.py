@@ -10,6 +10,7 @@ from icl_lib.plots.every_block import (
     renumberings,
     varied,
 )
+from icl_lib.plots.language import written
 from icl_lib.plots.one_block import removal, solution_family, training_curves
 from icl_lib.plots.token_by_token import (
     increments,
@@ -40,4 +41,5 @@ __all__ = [
     "token_losses",
     "training_curves",
     "varied",
+    "written",
 ]

@@ -1,0 +1,216 @@
+"""``python -m icl_lib``: verify the identity on a language model, save its prompt as an adapter, write a report.
+
+Exit codes: 0 where the identity holds, 1 where it fails, 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from icl_lib.absorb import absorb as absorb_prompt
+from icl_lib.report import Report
+from icl_lib.verification import verify as verify_prompt
+
+app = typer.Typer(
+    help="Replace the prompt of a language model by edits of its weights, exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+Model = Annotated[str, typer.Option(help="a folder with a model in safetensors, or a name on the Hugging Face hub")]
+Prompt = Annotated[str | None, typer.Option(help="the text that the edits replace")]
+Query = Annotated[str | None, typer.Option(help="the text that is left")]
+PromptIds = Annotated[str | None, typer.Option(help="token ids instead of --prompt, such as '5 3 8'")]
+QueryIds = Annotated[str | None, typer.Option(help="token ids instead of --query")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: spread over what there is")]
+Dtype = Annotated[str, typer.Option(help=f"precision: {', '.join(DTYPES)}")]
+Outer = Annotated[str | None, typer.Option(help="what takes the change of the stream: down, bias or scale")]
+Joint = Annotated[bool, typer.Option("--joint", help="one edit a map for all positions of the query")]
+Tolerance = Annotated[float | None, typer.Option(help="relative error up to which the identity holds")]
+Progress = Annotated[bool, typer.Option("--progress", help="show a bar over blocks")]
+
+
+@app.command()
+def verify(
+    model: Model,
+    prompt: Prompt = None,
+    query: Query = None,
+    prompt_ids: PromptIds = None,
+    query_ids: QueryIds = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    outer: Outer = None,
+    joint: Joint = False,
+    tolerance: Tolerance = None,
+    progress: Progress = False,
+    json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Check that the edited model answers the bare query as the model answers the whole prompt."""
+    with usage_errors():
+        loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
+        report = verify_prompt(
+            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=joint, progress=progress
+        )
+    typer.echo(report.to_json(indent=2) if json else str(report))
+    raise typer.Exit(0 if report.holds else 1)
+
+
+@app.command()
+def absorb(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="the folder for the adapter")],
+    prompt: Prompt = None,
+    query: Query = None,
+    prompt_ids: PromptIds = None,
+    query_ids: QueryIds = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    progress: Progress = False,
+) -> None:
+    """Save the prompt as a LoRA adapter for this query, which peft.PeftModel.from_pretrained loads.
+
+    The adapter is verified first; where the identity fails nothing is written.
+    """
+    with usage_errors():
+        loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
+        report = verify_prompt(loaded, ids, context_length, joint=True, progress=progress)
+        if report.holds:
+            absorb_prompt(loaded, ids, context_length, joint=True, progress=progress).to_lora(output, loaded)
+    typer.echo(str(report))
+    typer.echo(f"\nwritten to {output}" if report.holds else "\nnothing was written")
+    raise typer.Exit(0 if report.holds else 1)
+
+
+@app.command()
+def report(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="a file that ends in .json or .html")],
+    prompt: Prompt = None,
+    query: Query = None,
+    prompt_ids: PromptIds = None,
+    query_ids: QueryIds = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    outer: Outer = None,
+    joint: Joint = False,
+    tolerance: Tolerance = None,
+    progress: Progress = False,
+) -> None:
+    """Write what verify measures into a file, as JSON or as a page of HTML."""
+    with usage_errors():
+        if output.suffix not in (".json", ".html"):
+            raise ValueError(f"--output is {output}: give a name that ends in .json or .html.")
+        loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
+        found = verify_prompt(
+            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=joint, progress=progress
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(
+            found.to_json(indent=2) + "\n" if output.suffix == ".json" else page(found, model), encoding="utf-8"
+        )
+    typer.echo(f"written to {output}")
+    raise typer.Exit(0 if found.holds else 1)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn what a user can get wrong into one line and the exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def load(
+    name: str,
+    device: str,
+    dtype: str,
+    prompt: str | None,
+    query: str | None,
+    prompt_ids: str | None,
+    query_ids: str | None,
+) -> tuple[nn.Module, Tensor, int]:
+    """The model, the token ids of prompt and query ``[1, n]``, and how many of them are the prompt's.
+
+    A folder is read from the disk alone. Weights are read from safetensors only, and no code comes with them.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype}: choose one of {', '.join(DTYPES)}.")
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".")):
+        raise ValueError(f"--model is {name}: there is no such folder.")
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        raise ImportError("transformers is missing: pip install 'icl_lib[llm]'.") from None
+    logging.disable_progress_bar()
+    before = _ids("prompt", name, prompt, prompt_ids, special=True)
+    after = _ids("query", name, query, query_ids, special=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=getattr(torch, dtype),
+        device_map="auto" if device == "auto" else _device(device),
+        use_safetensors=True,
+        **_source(name),
+    )
+    model.eval().requires_grad_(False)
+    ids = torch.tensor([before + after], device=model.get_input_embeddings().weight.device)
+    return model, ids, len(before)
+
+
+def _ids(name: str, model: str, text: str | None, ids: str | None, special: bool) -> list[int]:
+    """Token ids of a text, or written out; the two parts of a prompt are tokenised apart, so that they can be told."""
+    if (text is None) == (ids is None):
+        raise ValueError(f"give either --{name} or --{name}-ids.")
+    if ids is not None:
+        try:
+            found = [int(part) for part in ids.replace(",", " ").split()]
+        except ValueError:
+            raise ValueError(f"--{name}-ids is {ids!r}: give whole numbers with spaces between them.") from None
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model, **_source(model))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{model} has no tokenizer that can be loaded ({str(error).splitlines()[0]}): give --{name}-ids."
+            ) from None
+        found = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if not found:
+        raise ValueError(f"--{name} holds no token.")
+    return found
+
+
+def _source(name: str) -> dict[str, Any]:
+    return {"local_files_only": Path(name).is_dir(), "trust_remote_code": False}
+
+
+def _device(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device is {device}: {str(error).splitlines()[0]}") from None
+    return found
+
+
+def page(report: Report, model: str) -> str:
+    """The report as a page of HTML that needs nothing else."""
+    title = html.escape(f"A prompt as weights: {model}")
+    style = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}td,th{padding:.2rem .8rem}"
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+        f"<h1>{title}</h1>{report._repr_html_()}</html>\n"
+    )

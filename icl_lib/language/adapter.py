@@ -1,0 +1,102 @@
+"""A prompt as an adapter: low-rank edits in the files that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from icl_lib.anatomy import is_transposed
+from icl_lib.language.places import split
+from icl_lib.low_rank import LowRank
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def write_adapter(folder: Path, model: nn.Module, factors: dict[str, LowRank], scales: dict[str, Tensor]) -> Path:
+    r"""Write low-rank edits as a LoRA of PEFT, $\Delta W = B A$ with $B = L$ and $A = R^\top$.
+
+    Args:
+        folder: made if it is missing; what an earlier adapter left in it is replaced.
+        model: the model that the adapter is for.
+        factors: the edits by the path of the linear map in the model; ``path[3]`` for the fourth matrix of a parameter.
+        scales: the new weight of norms, by their path; PEFT calls these ``modules_to_save``.
+
+    All edits get the rank of the largest, filled up with zeros, and ``lora_alpha`` is that rank, so that PEFT scales
+    them by one.
+    """
+    from safetensors.torch import save_file
+
+    rank = max(edit.left.shape[-1] for edit in factors.values())
+    experts: dict[str, dict[int, LowRank]] = {}
+    tensors = {f"{_PREFIX}{path}.weight": scale for path, scale in scales.items()}
+    # PEFT renames the parts of some mixtures when they are given as modules, but never parameters.
+    mixture = any(split(path)[1] is not None for path in factors)
+    modules, parameters, transposed = set(), set(), False
+    for path, edit in factors.items():
+        name, expert = split(path)
+        if expert is not None:
+            experts.setdefault(name, {})[expert] = edit
+            continue
+        module = model.get_submodule(path)
+        transposed |= is_transposed(module)
+        if mixture:
+            parameters.add(f"{path}.weight")
+        else:
+            modules.add(path)
+        tensors |= _pair(path, _padded(edit.right, rank).mT, _padded(edit.left, rank))
+    for path, edits in experts.items():
+        parameters.add(path)
+        tensors |= _pair(_wrapped(model, path, experts.keys()), *_stacked(edits, len(_parameter(model, path)), rank))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", "") or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters) or None,
+        "modules_to_save": sorted(scales) or None,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _pair(path: str, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    return {f"{_PREFIX}{path}.lora_A.weight": down, f"{_PREFIX}{path}.lora_B.weight": up}
+
+
+def _padded(factor: Tensor, rank: int) -> Tensor:
+    return nn.functional.pad(factor, (0, rank - factor.shape[-1]))
+
+
+def _stacked(edits: dict[int, LowRank], experts: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of all experts in PEFT's order: ``[expert · rank, in]`` and ``[out, rank · expert]``."""
+    like = next(iter(edits.values()))
+    none = LowRank(torch.zeros_like(like.left), torch.zeros_like(like.right))
+    all_ = [edits.get(expert, none) for expert in range(experts)]
+    down = torch.cat([_padded(edit.right, rank).mT for edit in all_])
+    return down, torch.stack([_padded(edit.left, rank) for edit in all_], dim=-1).flatten(1)
+
+
+def _wrapped(model: nn.Module, path: str, targets: Iterable[str]) -> str:
+    """Where PEFT keeps the factors of a parameter: it wraps the module once for each, the last one outermost."""
+    parent, _, name = path.rpartition(".")
+    names = [one for one, _ in model.get_submodule(parent).named_parameters(recurse=False)]
+    later = [one for one in names[names.index(name) + 1 :] if f"{parent}.{one}" in targets]
+    return parent + ".base_layer" * len(later)
+
+
+def _parameter(model: nn.Module, path: str) -> Tensor:
+    parent, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(parent), name)

@@ -1,0 +1,165 @@
+"""How a language model is called: token ids in, logits out; and what it must be like for that."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import numbers
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icl_lib.anatomy import Anatomy, anatomy_of
+from icl_lib.structure import require_deterministic
+
+Call = dict[str, Tensor]
+
+
+def is_tokens(inputs: Any) -> bool:
+    """Whether these inputs are token ids: a tensor of whole numbers."""
+    return isinstance(inputs, Tensor) and not (inputs.is_floating_point() or inputs.is_complex())
+
+
+def full_call(ids: Tensor, length: int | None = None) -> Call:
+    """The whole prompt ``[*batch, n]``, as the model is called with it; ``length`` keeps the first so many tokens."""
+    ids = ids.reshape(-1, ids.shape[-1])[:, :length]
+    return {"input_ids": ids, "position_ids": _positions(0, ids.shape[1], ids)}
+
+
+def bare_call(ids: Tensor, context_length: int, reference: str, first: int) -> Call:
+    """What is left of the prompt without its context, every token at its own position; see `Patch.bare`.
+
+    >>> ids = torch.tensor([[7, 8, 9]])
+    >>> bare_call(ids, 1, "query", 1)
+    {'input_ids': tensor([[8, 9]]), 'position_ids': tensor([[1, 2]])}
+    >>> bare_call(ids, 1, "self", 1)
+    {'input_ids': tensor([[8],
+            [9]]), 'position_ids': tensor([[1],
+            [2]])}
+    """
+    ids = ids.reshape(-1, ids.shape[-1])
+    start = context_length if reference == "query" else first
+    positions = _positions(start, ids.shape[1], ids)
+    call = {"input_ids": ids[:, start:], "position_ids": positions}
+    return call if reference == "query" else {name: part.reshape(-1, 1) for name, part in call.items()}
+
+
+def _positions(start: int, stop: int, ids: Tensor) -> Tensor:
+    return torch.arange(start, stop, device=ids.device).expand(ids.shape[0], -1)
+
+
+def run(model: nn.Module, call: Call, keep: int | None = None, **options: Any) -> Tensor:
+    """The logits ``[rows, tokens, vocabulary]``; of the last ``keep`` tokens where the model can leave out the rest."""
+    output = call_model(model, call, keep, **options)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model returns a {type(output).__name__} without logits: give a causal language model.")
+    return logits if keep is None else logits[:, -keep:]
+
+
+def call_model(model: nn.Module, call: Call, keep: int | None = None, **options: Any) -> Any:
+    """The model's own forward pass, with those options that it knows."""
+    known = accepted(model)
+    options = {"use_cache": False, **options} | ({"logits_to_keep": keep} if keep else {})
+    return model(**call, **{name: value for name, value in options.items() if name in known})
+
+
+def accepted(model: nn.Module) -> set[str]:
+    """The names of the arguments of the model's forward pass."""
+    return set(inspect.signature(type(model).forward).parameters)
+
+
+@contextlib.contextmanager
+def experts_one_by_one(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
+    """Inside the ``with``, a mixture multiplies by each expert's matrix on its own, and so by its edit too.
+
+    This is transformers' implementation "eager", the only one that also runs in float64.
+    """
+    if not (anatomy.router and hasattr(model, "get_experts_implementation")):
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def check_tokens(
+    model: Any, inputs: Any, context_length: Any, reference: Any, positions: Any, outer: Any, joint: Any
+) -> None:
+    """Require token ids and a language model that can be edited."""
+    anatomy = anatomy_of(model)
+    if not {"input_ids", "position_ids"} <= accepted(model):
+        raise ValueError(
+            f"inputs are whole numbers and {type(model).__name__} is not called with input_ids and position_ids: "
+            "give it the float stream that it reads, or a causal language model."
+        )
+    if inputs.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"inputs have dtype {inputs.dtype}: give token ids as inputs.long().")
+    if inputs.is_meta or any(tensor.is_meta for tensor in model.parameters()):
+        raise ValueError(
+            "the model or its inputs are on the device meta, which holds no numbers: load the weights first, and "
+            "without offloading."
+        )
+    if not inputs.ndim or not inputs.numel():
+        raise ValueError(f"inputs have shape {tuple(inputs.shape)}: there is no prompt in them; give [*batch, n].")
+    check_lengths(inputs.shape[-1], context_length)
+    known = model.get_input_embeddings().num_embeddings
+    wrong = (inputs < 0) | (inputs >= known)
+    if bool(wrong.any()):
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"inputs{where} is {inputs[tuple(where)].item()}: this model knows the tokens 0 … {known - 1}. Does the "
+            "tokenizer belong to another model?"
+        )
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and inputs.shape[-1] > longest:
+        raise ValueError(f"inputs hold {inputs.shape[-1]} tokens: this model has positions for {longest}.")
+    if reference not in ("query", "self"):
+        raise ValueError(f"reference is {reference!r}: choose 'query' or 'self'.")
+    if positions not in (None, "all", "query"):
+        raise ValueError(f"positions is {positions!r}: choose 'all' or 'query', or None for all that are possible.")
+    if positions == "all" and reference == "query":
+        raise ValueError(
+            "positions='all' needs reference='self' for token ids: the whole network is run, and each token can only "
+            "stand in for itself."
+        )
+    if outer is not None and outer not in anatomy.outer_choices:
+        raise ValueError(
+            f"outer is {outer!r}: the blocks of {type(model).__name__} can take the change in "
+            f"{' or '.join(map(repr, anatomy.outer_choices))}."
+        )
+    if not isinstance(joint, bool):
+        raise ValueError(f"joint is {joint!r}: give True or False.")
+    require_still(model)
+    if torch.is_autocast_enabled(inputs.device.type):
+        raise ValueError("autocast is on: the edits would be computed in mixed precisions. Leave autocast first.")
+
+
+def check_lengths(length: int, context_length: Any) -> None:
+    """Require a context, and at least one token after it."""
+    if isinstance(context_length, bool) or not isinstance(context_length, numbers.Integral):
+        raise ValueError(f"context_length is {context_length!r}: give the number of tokens that the patch replaces.")
+    if not 1 <= context_length < length:
+        raise ValueError(
+            f"context_length is {context_length} and inputs hold {length} tokens: at least one token must be replaced "
+            f"and one be left to ask; give 1 … {length - 1}."
+            if length > 1
+            else f"inputs hold {length} token(s): a context and a query need at least two."
+        )
+
+
+def require_still(model: nn.Module) -> None:
+    """Require that the model answers the same each time: no dropout or noise, as in training."""
+    require_deterministic(model, "model")
+    for name, part in model.named_modules():
+        for rate in ("attention_dropout", "jitter_noise"):
+            if part.training and isinstance(getattr(part, rate, 0), float) and getattr(part, rate) > 0:
+                raise ValueError(
+                    f"model.{name} has {rate}={getattr(part, rate)} in training mode, which does something else each "
+                    "time it runs: call model.eval() first."
+                )

@@ -1,0 +1,111 @@
+"""Text written by a model that never sees its prompt: the edits are made anew for every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from icl_lib.anatomy import anatomy_of
+from icl_lib.environment import building_book
+from icl_lib.language.call import accepted, check_tokens, experts_one_by_one, full_call, run
+from icl_lib.language.passes import Prompted, with_context, without_context
+from icl_lib.report import relative
+from icl_lib.validation import require_size, validated_by
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """What :func:`greedy_agreement` generated; tokens are ``[batch, new]``.
+
+    Attributes:
+        tokens: chosen by the patched model, which is fed nothing but the current token at its own position.
+        with_context: chosen by the model itself at the same places, with the whole text in its cache. As long as the
+            two agree, this is the model's ordinary greedy generation.
+        without_context: chosen by the model on the current token alone, without edits.
+        error: the largest relative error of the patched model's logits.
+    """
+
+    tokens: Tensor
+    with_context: Tensor
+    without_context: Tensor
+    error: float
+
+    @property
+    def share(self) -> float:
+        """The share of tokens on which the patched model and the prompted one agree."""
+        return (self.tokens == self.with_context).double().mean().item()
+
+    @property
+    def control(self) -> float:
+        """The same for the model without edits."""
+        return (self.without_context == self.with_context).double().mean().item()
+
+
+def _check(model: Any, input_ids: Any, max_new_tokens: Any, outer: Any, progress: Any) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids is a {type(input_ids).__name__}: give a tensor of token ids [*batch, n].")
+    require_size("max_new_tokens", max_new_tokens)
+    check_tokens(
+        model, input_ids, max(1, input_ids.shape[-1] - 1) if input_ids.ndim else 1, "query", None, outer, False
+    )
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and input_ids.shape[-1] + max_new_tokens > longest:
+        raise ValueError(
+            f"{input_ids.shape[-1]} tokens and {max_new_tokens} new ones are more than this model has positions for, "
+            f"{longest}: ask for fewer."
+        )
+
+
+@validated_by(_check)
+def greedy_agreement(
+    model: nn.Module, input_ids: Tensor, max_new_tokens: int = 20, outer: str | None = None, progress: bool = False
+) -> Agreement:
+    """Greedy generation by a patched model that sees only the current token, beside the model with the whole text.
+
+    The protocol of Goldwaser et al. (arXiv 2511.17864): at every step the model reads the current token with the text
+    before it in its key-value cache, the edits that replace this text are computed, and the patched model, fed the
+    current token at its position and nothing else, chooses the next one, with which both go on.
+
+    Args:
+        model: a causal language model with an anatomy; it is left as it was.
+        input_ids: prompts of one length, ``[*batch, n]``.
+        max_new_tokens: how many tokens to write after each; there is no early stop.
+        outer: as for :func:`icl_lib.absorb.absorb`.
+        progress: show a bar over tokens.
+
+    Raises `ValueError` as :func:`icl_lib.absorb.absorb` does.
+    """
+    ids = input_ids.reshape(-1, input_ids.shape[-1])
+    anatomy = anatomy_of(model)
+    outer = outer or anatomy.outer_choices[0]
+    options = {"use_cache": True, _cache_name(model): _new_cache(model)}
+    steps = tqdm(range(max_new_tokens), unit="token", disable=not progress or building_book(), leave=False)
+    chosen: list[tuple[Tensor, Tensor, Tensor]] = []
+    errors = []
+    with experts_one_by_one(model, anatomy), torch.no_grad():
+        run(model, full_call(ids, ids.shape[1] - 1), keep=1, **options)
+        current = ids[:, -1:]
+        for step in steps:
+            position = torch.full_like(current, ids.shape[1] - 1 + step)
+            call = {"input_ids": current, "position_ids": position}
+            readings, wanted = with_context(model, call, 0, outputs=False, **options)
+            bare = run(model, call)[:, -1]
+            _, answer = without_context(model, Prompted(call, torch.Size((len(ids), 1)), readings), outer, edits=False)
+            chosen.append((answer.argmax(-1), wanted.argmax(-1), bare.argmax(-1)))
+            errors.append(relative(answer, wanted).max().item())
+            current = chosen[-1][0][:, None]
+    return Agreement(*(torch.stack(part, -1) for part in zip(*chosen, strict=True)), max(errors))
+
+
+def _cache_name(model: nn.Module) -> str:
+    return "cache" if "cache" in accepted(model) else "past_key_values"
+
+
+def _new_cache(model: nn.Module) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)

@@ -1,0 +1,37 @@
+"""Seeing what a block reads and answers, without changing it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from icl_lib.anatomy import Anatomy
+
+
+def on_stream(stack: contextlib.ExitStack, block: nn.Module, anatomy: Anatomy, see: Callable[[Tensor], Any]) -> None:
+    """Let ``see`` have $h$, until the stack is left; in a parallel block, the attention's answer."""
+    place = block.get_submodule(anatomy.stream)
+    if anatomy.parallel:
+        hook = place.register_forward_hook(lambda _, __, answer: see(_tensor(answer)))
+    else:
+        hook = place.register_forward_pre_hook(
+            lambda _, args, kwargs: see(_tensor((*args, *kwargs.values()))), with_kwargs=True
+        )
+    stack.callback(hook.remove)
+
+
+def on_output(stack: contextlib.ExitStack, block: nn.Module, see: Callable[[Tensor], Any]) -> None:
+    """Let ``see`` have the stream after the block, until the stack is left."""
+
+    def after(_: nn.Module, __: Any, answer: Any) -> None:
+        see(_tensor(answer))
+
+    stack.callback(block.register_forward_hook(after).remove)
+
+
+def _tensor(answer: Any) -> Tensor:
+    """The tensor itself, or the first of a tuple."""
+    return answer if isinstance(answer, Tensor) else answer[0]

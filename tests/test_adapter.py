@@ -1,0 +1,127 @@
+"""A prompt as a LoRA adapter: written, loaded by PEFT, and compared with the prompted model."""
+
+import copy
+import gc
+import json
+
+import peft
+import pytest
+import torch
+from language import LENGTH, prompts, relative, same, shared, state
+from safetensors.torch import load_file
+
+from icl_lib import absorb
+from icl_lib.experiments.language import LANGUAGE_MODELS, small_language_model
+
+# PEFT calls a method of transformers that will have another name in its next major version.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def loaded(model, folder):
+    return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_the_adapter_answers_as_the_prompted_model(name, tmp_path):
+    model, ids = shared(name, torch.float32), prompts(1)
+    before, wanted = state(model), model(ids).logits[:, -5:]
+    patch = absorb(model, ids, LENGTH - 5)
+    assert patch.to_lora(tmp_path / "adapter") == tmp_path / "adapter"
+    assert same(before, state(model))
+    bare = patch.bare(ids)
+    adapted = loaded(model, tmp_path / "adapter")
+    assert relative(adapted(**bare).logits, wanted) < 1e-5
+    assert relative(model(**bare).logits, wanted) > 1e-2
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(**bare).logits, model(**bare).logits, rtol=0, atol=0)
+
+
+def test_what_is_in_the_files(tmp_path):
+    model, ids = shared("Llama", torch.float32), prompts(1)
+    absorb(model, ids, LENGTH - 3, joint=True).to_lora(tmp_path, model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 3, 3, "none")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 6 * 3 * 2
+    prefix = "base_model.model.model.layers.2.mlp.down_proj"
+    assert tensors[f"{prefix}.lora_A.weight"].shape == (3, 64)
+    assert tensors[f"{prefix}.lora_B.weight"].shape == (32, 3)
+
+
+def test_one_prompt_and_one_query_is_a_fine_tuning_of_rank_one(tmp_path):
+    model, ids = shared("Llama", torch.float32), prompts(1)
+    patch = absorb(model, ids, LENGTH - 1)
+    patch.to_lora(tmp_path, model)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 1
+    merged = loaded(model, tmp_path).merge_and_unload()
+    assert relative(merged(**patch.bare(ids)).logits, model(ids).logits[:, -1:]) < 1e-5
+
+
+def test_another_query_is_not_served(tmp_path):
+    model, ids, other = shared("Llama", torch.float32), prompts(1), prompts(1)
+    absorb(model, ids, LENGTH - 1).to_lora(tmp_path, model)
+    mixed = torch.cat([ids[:, :-1], other[:, -1:]], 1)
+    bare = absorb(model, mixed, LENGTH - 1).bare(mixed)
+    assert relative(loaded(model, tmp_path)(**bare).logits, model(mixed).logits[:, -1:]) > 1e-2
+
+
+def test_an_earlier_adapter_is_replaced(tmp_path):
+    model, ids = shared("GPT-2", torch.float32), prompts(1)
+    for tokens in (4, 2):
+        patch = absorb(model, ids, LENGTH - tokens)
+        patch.to_lora(tmp_path, model)
+    assert relative(loaded(model, tmp_path)(**patch.bare(ids)).logits, model(ids).logits[:, -2:]) < 1e-5
+
+
+def test_a_patch_does_not_keep_its_model_alive(tmp_path):
+    model, ids = small_language_model("Llama", torch.float32), prompts(1)
+    patch = absorb(model, ids, LENGTH - 1)
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match=r"the model .* is gone: give to_lora\(path, model\)"):
+        patch.to_lora(tmp_path)
+    assert patch.to_lora(tmp_path, shared("Llama", torch.float32)) == tmp_path
+
+
+def test_what_no_adapter_can_hold_is_refused(tmp_path):
+    model, ids = shared("GPT-2"), prompts(1)
+    patch = absorb(model, ids, LENGTH - 1, outer="bias")
+    with pytest.raises(ValueError, match=r"transformer.h\[0\].mlp.c_proj: a bias is no LoRA.*outer='down'"):
+        patch.to_lora(tmp_path, model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "place"), [("Phi", r"layers\[0\]\.mlp\.fc2"), ("GPT-J", r"h\[0\]\.mlp\.fc_out")])
+def test_a_token_that_occurs_twice_in_a_parallel_block(name, place):
+    """The first block's MLP reads the token alone, and cannot tell its two occurrences apart."""
+    model, ids = shared(name), prompts(1)
+    ids[0, -1] = ids[0, -2]
+    with pytest.raises(ValueError, match=rf"{place}: .*not linearly independent[^§]*A token that occurs twice"):
+        absorb(model, ids, LENGTH - 3, joint=True)
+    own = absorb(model, ids, LENGTH - 3)
+    wanted = model(ids).logits[:, -3:]
+    with own.applied(model):
+        assert relative(model(**own.bare(ids)).logits, wanted) < 1e-12
+    one = absorb(shared("Llama"), ids, LENGTH - 3, joint=True)  # elsewhere attention has told them apart
+    with one.applied(shared("Llama")):
+        answer = shared("Llama")(**one.bare(ids)).logits
+    assert relative(answer, shared("Llama")(ids).logits[:, -3:]) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Gemma 3"])
+def test_the_merged_model_is_saved_and_loaded_like_any_other(name, tmp_path):
+    model, ids = shared(name, torch.float32), prompts(1)
+    patch = absorb(model, ids, LENGTH - 2)
+    patch.merged(model).save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    assert relative(again(**patch.bare(ids)).logits, model(ids).logits[:, -2:]) < 1e-5
+
+
+def test_an_adapted_model_is_refused(tmp_path):
+    model, ids = small_language_model("Llama", torch.float32), prompts(1)
+    absorb(model, ids, LENGTH - 1).to_lora(tmp_path, model)
+    adapted = loaded(model, tmp_path)
+    for one in (adapted, adapted.get_base_model()):
+        with pytest.raises(ValueError, match=r"carries an adapter already.*merge_and_unload"):
+            absorb(one, ids, LENGTH - 1)
