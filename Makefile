@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY := passive
 BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
 
 .DEFAULT_GOAL := help
-.PHONY: help book test figures bench lint format picture clean
+.PHONY: help book test figures gpt bench lint format picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,9 @@ test: book lint ## build the book, then run all tests, those in a real browser i
 
 figures: $(INSTALLED) ## run the papers' figures at full scale, an hour or more; options: make figures ARGS=--help
 	$(BIN)/python -m icl_lib.experiments $(ARGS)
+
+gpt: $(INSTALLED) ## train the book's small language model, a quarter of an hour on one core; options: make gpt ARGS=--help
+	$(BIN)/python -m icl_lib.hidden_rule $(ARGS)
 
 # Memory that is freed and used again stays with the process: asking the system for it each time is slow, and how slow
 # depends on what else runs.

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from icl_lib import implicit_update
-from icl_lib.experiments import ONE_BLOCK, relative_difference, run_edited, training_curves
+from icl_lib import implicit_update, plots
+from icl_lib.experiments import ONE_BLOCK, relative_difference, run_edited, small_language_model, training_curves
 from icl_lib.regression import TrainingSettings, sample_prompts
 from icl_lib.transformer import Transformer
 
@@ -31,3 +31,23 @@ def test_the_models_own_forward_agrees_with_the_edited_block():
     assert relative_difference(by_model, by_block) < 1e-12
     assert relative_difference(by_model, model(prompts.sequence)[:, -1]) < 1e-12
     assert relative_difference(run_edited(model, 0.5 * update.weight, prompts.sequence[:, -1:]), by_block) > 1e-6
+
+
+def test_small_language_models_follow_their_seed_and_options():
+    before = torch.get_rng_state()
+    first, again, other = (small_language_model("Llama", blocks=2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = [model.model.layers[1].mlp.down_proj.weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert len(small_language_model("GPT-2", blocks=3, n_embd=16).transformer.h) == 3
+    assert small_language_model("GPT-2", torch.float32).dtype == torch.float32
+    with pytest.raises(ValueError, match="name is 'Lama': choose one of GPT-2, OPT"):
+        small_language_model("Lama")
+    with pytest.raises(ValueError, match="blocks is 0"):
+        small_language_model("Llama", blocks=0)
+
+
+def test_where_a_prompt_writes_is_said_in_words():
+    picture = plots.written([[0.0, 1.0], [3.0, 0.5]], ["2", "+"], "edits")
+    assert picture.alt.endswith("The largest, 3, is in block 2 at token 1, '2'.")

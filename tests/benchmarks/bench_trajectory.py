@@ -19,7 +19,7 @@ from benchmarks.operations import fitted_exponent
 from icl_lib import Transformer, TransformerConfig
 from icl_lib.dynamics import trajectory
 
-RESULTS = Path(__file__).resolve().parents[2] / "book" / "data" / "trajectory_cost.json"
+RESULTS = Path(__file__).resolve().parents[2] / "book" / "data" / "cost_trajectory.json"
 TOKENS = 1000
 # With the number of rounds.
 WIDTHS = {64: 21, 256: 11, 768: 7}

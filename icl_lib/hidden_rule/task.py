@@ -1,0 +1,226 @@
+r"""If 2+3 = 10 and 4+2 = 12, what is 2+8? Prompts with a hidden rule, as tokens.
+
+A rule $f$ gives one number for two numbers from 1 to 9. A prompt shows some pairs with their answers, ``a+b=f(a, b)``,
+and ends in a pair without one. The sign is always ``+``; which rule it stands for, only the examples say. Here it
+doubles the sum, and the answer is 20.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from icl_lib.validation import place, require_size, validated_by
+
+FORMS: dict[str, Callable[[Any, Any], Any]] = {
+    "a+b": lambda a, b: a + b,
+    "2(a+b)": lambda a, b: 2 * (a + b),
+    "3(a+b)": lambda a, b: 3 * (a + b),
+    "2a+b": lambda a, b: 2 * a + b,
+    "a+2b": lambda a, b: a + 2 * b,
+    "|a-b|": lambda a, b: abs(a - b),
+}
+"""What a rule does with the two numbers, before it adds a constant."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A hidden rule: a form of :data:`FORMS`, and a constant added to it.
+
+    >>> rule = Rule("2(a+b)")
+    >>> rule(2, 3), rule(4, 2), rule(2, 8)
+    (10, 12, 20)
+    >>> str(Rule("2a+b", 3)), Rule("2a+b", 3)(1, 2), Rule("2a+b", 3)(2, 1)
+    ('2a+b+3', 7, 8)
+    """
+
+    form: str
+    constant: int = 0
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}: choose one of {', '.join(FORMS)}.")
+        require_size("constant", self.constant, 0)
+
+    def __call__(self, a: Any, b: Any) -> Any:
+        return FORMS[self.form](a, b) + self.constant
+
+    def __str__(self) -> str:
+        return f"{self.form}+{self.constant}" if self.constant else self.form
+
+
+RULES = tuple(Rule(form, constant) for form in FORMS for constant in range(5))
+"""All rules, each as likely as the others."""
+
+PAIRS = torch.cartesian_prod(torch.arange(1, 10), torch.arange(1, 10))
+"""``[81, 2]``: what a prompt may ask."""
+
+ANSWERS = torch.stack([rule(*PAIRS.T) for rule in RULES])
+"""``[rules, 81]``: the answer of each rule to each pair."""
+
+
+# The first seed for which the book's puzzle (2+3, 4+2 and 2+8, doubled) is not held out, and every answer occurs in
+# training: that a number may be an answer at all, a model can learn only from seeing it as one.
+HELD_OUT_SEED = 0
+
+
+def _held_out(seed: int) -> Tensor:
+    small, large = torch.triu_indices(9, 9)
+    drawn = torch.rand(len(RULES), len(small), generator=torch.Generator().manual_seed(seed)).topk(3).indices
+    held = torch.zeros(len(RULES), 9, 9, dtype=torch.bool)
+    rule = torch.arange(len(RULES))[:, None]
+    # 2+8 and 8+2 together: by most rules one gives the other away.
+    held[rule, small[drawn], large[drawn]] = held[rule, large[drawn], small[drawn]] = True
+    return held.flatten(1)
+
+
+HELD_OUT: Bool[Tensor, "rules pairs"] = _held_out(HELD_OUT_SEED)
+"""``[rules, 81]``: pairs that training never shows with the rule, neither as example nor as query; three a rule, and
+their mirror images."""
+_MOST_EXAMPLES = int((~HELD_OUT).sum(1).min()) - 1
+
+
+def _check_text(_: Any, text: Any) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"text is {text!r}: give a prompt, such as '2+3=10, 2+8='.")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens of prompts: the number $n$ has id $n$, and the signs follow.
+
+    >>> VOCABULARY.encode("2+3=10, 2+8=").tolist()
+    [2, 100, 3, 101, 10, 102, 2, 100, 8, 101]
+    >>> VOCABULARY.decode([2, 100, 3, 101, 10, 102])
+    '2+3=10, '
+    >>> VOCABULARY.encode("2*3=")
+    Traceback (most recent call last):
+    ValueError: text[1] is '*': write numbers and the signs + = , only, such as '2+3=10, 2+8='.
+    """
+
+    numbers: int = 100
+    signs: str = "+=,"
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return self.numbers + len(self.signs)
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens in the order of their ids."""
+        return [*map(str, range(self.numbers)), *self.signs]
+
+    @validated_by(_check_text)
+    def encode(self, text: str) -> Int[Tensor, " length"]:
+        """The ids of a text; spaces separate numbers and mean nothing else.
+
+        Raises `ValueError` for a symbol that is no token, and for a number that is too large, with its place.
+        """
+        ids = {token: index for index, token in enumerate(self.tokens)}
+        for found in re.finditer(r"[0-9]+|\S", text):
+            if found[0] in ids:
+                continue
+            if found[0][0] not in "0123456789":
+                signs = " ".join(self.signs)
+                where = f"text[{found.start()}] is {found[0]!r}"
+                raise ValueError(f"{where}: write numbers and the signs {signs} only, such as '2+3=10, 2+8='.")
+            raise ValueError(
+                f"text[{found.start()}:{found.end()}] is {found[0]}: "
+                f"write a whole number from 0 to {self.numbers - 1}, without leading zeros."
+            )
+        return torch.tensor([ids[token] for token in re.findall(r"[0-9]+|\S", text)])
+
+    def decode(self, ids: Sequence[int] | Int[Tensor, " length"]) -> str:
+        """The text of ids; `ValueError` for an id that no token has."""
+        ids = torch.as_tensor(ids, dtype=torch.long)
+        wrong = (ids < 0) | (ids >= self.size)
+        if wrong.any():
+            raise ValueError(f"ids{place(wrong)} is {ids[wrong][0]}: give ids from 0 to {self.size - 1}.")
+        text = " ".join(self.tokens[index] for index in ids)
+        return re.sub(r" ?([+=]) ?", r"\1", text).replace(" ,", ",") + (" " if text.endswith(",") else "")
+
+
+VOCABULARY = Vocabulary()
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Prompts with the same number of examples.
+
+    Attributes:
+        rule: ``[count]``: places in :data:`RULES`.
+        pair: ``[count, examples + 1]``: places in :data:`PAIRS`, of the examples and then of the query.
+    """
+
+    rule: Int[Tensor, " count"]
+    pair: Int[Tensor, "count length"]
+
+    @property
+    def numbers(self) -> Int[Tensor, "count length"]:
+        """The rule's answer to each pair, the query's last."""
+        return ANSWERS[self.rule[:, None], self.pair]
+
+    @property
+    def answer(self) -> Int[Tensor, " count"]:
+        """The answers asked for, which are also their ids."""
+        return self.numbers[:, -1]
+
+    @property
+    def tokens(self) -> Int[Tensor, "count tokens"]:
+        """``[count, 6 · examples + 4]``: the ids, up to the ``=`` after which the answer must come."""
+        return self.answered[:, :-1]
+
+    @property
+    def answered(self) -> Int[Tensor, "count tokens"]:
+        """The ids with the answer at the end."""
+        plus, equals, comma = (torch.full_like(self.pair, VOCABULARY.numbers + sign) for sign in range(3))
+        first, second = PAIRS[self.pair].unbind(-1)
+        return torch.stack([first, plus, second, equals, self.numbers, comma], dim=-1).flatten(1)[:, :-1]
+
+    @property
+    def context_length(self) -> int:
+        """How many tokens the examples take, the comma after the last one included."""
+        return 6 * (self.pair.shape[1] - 1)
+
+    def by(self, rule: Int[Tensor, " count"]) -> Prompts:
+        """The same pairs in the same order, by another rule."""
+        return replace(self, rule=rule)
+
+
+def _check_sample(count: Any, examples: Any, seed: Any, query: Any = "training") -> None:
+    require_size("count", count)
+    require_size("examples", examples, 0)
+    if examples > _MOST_EXAMPLES:
+        raise ValueError(f"examples is {examples}: there are pairs for {_MOST_EXAMPLES} examples and a query.")
+    if query not in ("training", "held out"):
+        raise ValueError(f"query is {query!r}: choose 'training' or 'held out'.")
+
+
+@validated_by(_check_sample)
+def sample_prompts(count: int, examples: int, seed: int | torch.Generator, query: str = "training") -> Prompts:
+    """Draw prompts: a rule, and pairs without repetition, each as likely as the others.
+
+    >>> prompts = sample_prompts(count=4, examples=2, seed=0, query="held out")
+    >>> prompts.tokens.shape, prompts.context_length
+    (torch.Size([4, 16]), 12)
+    >>> bool(HELD_OUT[prompts.rule, prompts.pair[:, -1]].all())
+    True
+
+    Args:
+        query: ``training``, a pair that training may ask by this rule, or ``held out``, one that it never shows. The
+            examples are pairs of the first kind.
+    """
+    generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+    rule = torch.randint(len(RULES), (count,), generator=generator)
+    drawn = torch.rand(count, len(PAIRS), generator=generator)
+    pair = drawn.masked_fill(HELD_OUT[rule], -1).topk(examples + 1).indices
+    if query == "held out":
+        pair[:, -1] = drawn.masked_fill(~HELD_OUT[rule], -1).argmax(1)
+    return Prompts(rule, pair)
