@@ -68,9 +68,9 @@ def small_language_model(
     The weights are random and large enough that the logits are not flat, so that the context matters.
 
     Args:
-        name: one of :data:`LANGUAGE_MODELS`.
+        name: one of ``LANGUAGE_MODELS``.
         blocks: how many blocks it has.
-        options: of its configuration, instead of those in :data:`LANGUAGE_MODELS`.
+        options: of its configuration, instead of those in ``LANGUAGE_MODELS``.
 
     Raises `ValueError` for another name. Needs the package `transformers` (the extra ``[llm]``).
 
