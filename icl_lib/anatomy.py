@@ -46,8 +46,9 @@ class Anatomy:
         parallel: whether the MLP reads the stream as it came in, which no context has changed yet. Then ``inner`` is
             empty and ``stream`` names the attention, whose answer joins the stream at the end.
         scale: in a block, the norm between the MLP and the stream, whose scale is a vector ``weight``.
-        router: in a block with experts, the module that chooses them, whose logits are its ``weight`` times $z$. Then
-            ``inner`` and ``outer`` are parameters ``[expert, out, in]``.
+        router: in a block with experts, the module that chooses them, whose logits are its ``weight`` times $z$, and
+            which answers ``(logits, gates, chosen)``, the last two ``[tokens, active experts]``. Then ``inner`` and
+            ``outer`` are parameters ``[expert, out, in]``.
         otherwise: the places in those blocks that have no ``router``, where only some have experts.
     """
 

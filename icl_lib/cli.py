@@ -1,6 +1,7 @@
 """``python -m icl_lib``: verify the identity on a language model, save its prompt as an adapter, write a report.
 
-Exit codes: 0 where the identity holds, 1 where it fails, 2 for wrong usage.
+Exit codes: 0 where the identity holds, 1 where it fails (or was not tested, since the prompt changes nothing), 2 for
+wrong usage.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ Outer = Annotated[str | None, typer.Option(help="what takes the change of the st
 Joint = Annotated[bool, typer.Option("--joint", help="one edit a map for all positions of the query")]
 Tolerance = Annotated[float | None, typer.Option(help="relative error up to which the identity holds")]
 Progress = Annotated[bool, typer.Option("--progress", help="show a bar over blocks")]
+Json = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
 
 
 @app.command()
@@ -53,7 +55,7 @@ def verify(
     joint: Joint = False,
     tolerance: Tolerance = None,
     progress: Progress = False,
-    json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    json: Json = False,
 ) -> None:
     """Check that the edited model answers the bare query as the model answers the whole prompt."""
     with usage_errors():
@@ -62,7 +64,7 @@ def verify(
             loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=joint, progress=progress
         )
     typer.echo(report.to_json(indent=2) if json else str(report))
-    raise typer.Exit(0 if report.holds else 1)
+    raise typer.Exit(_status(report))
 
 
 @app.command()
@@ -75,20 +77,27 @@ def absorb(
     query_ids: QueryIds = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    outer: Outer = None,
+    tolerance: Tolerance = None,
     progress: Progress = False,
+    json: Json = False,
 ) -> None:
     """Save the prompt as a LoRA adapter for this query, which peft.PeftModel.from_pretrained loads.
 
-    The adapter is verified first; where the identity fails nothing is written.
+    The identity is verified first, with one edit a map for the whole query; where it fails nothing is written.
     """
     with usage_errors():
         loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
-        report = verify_prompt(loaded, ids, context_length, joint=True, progress=progress)
-        if report.holds:
-            absorb_prompt(loaded, ids, context_length, joint=True, progress=progress).to_lora(output, loaded)
-    typer.echo(str(report))
-    typer.echo(f"\nwritten to {output}" if report.holds else "\nnothing was written")
-    raise typer.Exit(0 if report.holds else 1)
+        found = verify_prompt(
+            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=True, progress=progress
+        )
+        if found.holds:
+            absorb_prompt(loaded, ids, context_length, outer=outer, progress=progress).to_lora(output, loaded)
+    typer.echo(found.to_json(indent=2) if json else str(found))
+    last = ids.shape[1] - 1
+    told = f"written to {output}; feed it the query at the positions {context_length} to {last}"
+    typer.echo(told if found.holds else "nothing was written", err=json)
+    raise typer.Exit(_status(found))
 
 
 @app.command()
@@ -119,7 +128,11 @@ def report(
             found.to_json(indent=2) + "\n" if output.suffix == ".json" else page(found, model), encoding="utf-8"
         )
     typer.echo(f"written to {output}")
-    raise typer.Exit(0 if found.holds else 1)
+    raise typer.Exit(_status(found))
+
+
+def _status(found: Report) -> int:
+    return 0 if found.holds and found.tested else 1
 
 
 @contextlib.contextmanager
@@ -127,8 +140,8 @@ def usage_errors() -> Iterator[None]:
     """Turn what a user can get wrong into one line and the exit code 2."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+        typer.echo(f"error: {_first_line(error)}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -147,23 +160,30 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype}: choose one of {', '.join(DTYPES)}.")
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".")):
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ValueError(f"--model is {name}: there is no such folder.")
     try:
-        from transformers import AutoModelForCausalLM
+        from safetensors import SafetensorError
+        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
         raise ImportError("transformers is missing: pip install 'icl_lib[llm]'.") from None
     logging.disable_progress_bar()
+    try:
+        AutoConfig.from_pretrained(name, **_source(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model is {name}: no folder with a model, and none that the hub gives ({_first_line(error)})."
+        ) from None
     before = _ids("prompt", name, prompt, prompt_ids, special=True)
     after = _ids("query", name, query, query_ids, special=False)
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        dtype=getattr(torch, dtype),
-        device_map="auto" if device == "auto" else _device(device),
-        use_safetensors=True,
-        **_source(name),
-    )
+    device_map = "auto" if device == "auto" else _device(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), device_map=device_map, use_safetensors=True, **_source(name)
+        )
+    except SafetensorError as error:
+        raise ValueError(f"--model is {name}: its weights cannot be read ({_first_line(error)}).") from None
     model.eval().requires_grad_(False)
     ids = torch.tensor([before + after], device=model.get_input_embeddings().weight.device)
     return model, ids, len(before)
@@ -185,9 +205,12 @@ def _ids(name: str, model: str, text: str | None, ids: str | None, special: bool
             tokenizer = AutoTokenizer.from_pretrained(model, **_source(model))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{model} has no tokenizer that can be loaded ({str(error).splitlines()[0]}): give --{name}-ids."
+                f"{model} has no tokenizer that can be loaded ({_first_line(error)}): give --{name}-ids."
             ) from None
-        found = tokenizer(text, add_special_tokens=special)["input_ids"]
+        try:
+            found = tokenizer(text, add_special_tokens=special)["input_ids"]
+        except Exception as error:  # the package tokenizers raises nothing narrower
+            raise ValueError(f"--{name} is {text!r}: the tokenizer refuses it ({_first_line(error)}).") from None
     if not found:
         raise ValueError(f"--{name} holds no token.")
     return found
@@ -202,8 +225,12 @@ def _device(device: str) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device is {device}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device is {device}: {_first_line(error)}") from None
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def page(report: Report, model: str) -> str:

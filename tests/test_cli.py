@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import icl_lib.cli
 from icl_lib.cli import app
 from icl_lib.experiments.language import small_language_model
 
@@ -73,6 +72,18 @@ def test_absorb_writes_an_adapter(folder, tmp_path):
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
     answer = adapted(input_ids=ids[:, 5:], position_ids=torch.tensor([[5, 6]])).logits
     torch.testing.assert_close(answer, wanted, rtol=1e-4, atol=1e-4)
+    assert "at the positions 5 to 6" in found.stdout
+    with adapted.disable_adapter():  # negative control
+        bare = adapted(input_ids=ids[:, 5:], position_ids=torch.tensor([[5, 6]])).logits
+    assert (bare - wanted).norm() > 1e-2 * wanted.norm()
+
+
+def test_absorb_in_json_and_where_it_fails(folder, tmp_path):
+    found = run("absorb", "--model", folder, *IDS, "--output", tmp_path / "adapter", "--json")
+    assert json.loads(found.stdout)["holds"] is True
+    failed = run("absorb", "--model", folder, *IDS, "--output", tmp_path / "none", "--tolerance", "1e-30")
+    assert (failed.exit_code, "nothing was written" in failed.stdout) == (1, True)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("suffix", ["json", "html"])
@@ -102,6 +113,7 @@ def test_report_writes_a_file(folder, tmp_path, suffix):
         ([*TEXT, "--outer", "scale"], "outer is 'scale'"),
         ([*TEXT, "--tolerance", "-1"], "tolerance is -1.0"),
         ([*IDS, "--model", "./nothing"], "--model is ./nothing: there is no such folder"),
+        ([*IDS, "--model", "models/of/mine"], "--model is models/of/mine: there is no such folder"),
     ],
 )
 def test_wrong_usage_is_one_line(folder, arguments, says):
@@ -117,7 +129,11 @@ def test_a_folder_without_a_tokenizer_or_with_other_weights(folder, tmp_path):
     found = run("verify", "--model", tmp_path, *TEXT)
     assert (found.exit_code, "no tokenizer that can be loaded" in found.stderr) == (2, True)
     assert "give --prompt-ids" in found.stderr
-    (tmp_path / "model.safetensors").unlink()
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    found = run("verify", "--model", tmp_path, *IDS)
+    assert (found.exit_code, "its weights cannot be read" in found.stderr) == (2, True)
+    weights.unlink()
     torch.save(shared("Llama", torch.float32).state_dict(), tmp_path / "pytorch_model.bin")
     found = run("verify", "--model", tmp_path, *IDS)
     assert (found.exit_code, "safetensors" in found.stderr) == (2, True)  # nothing is unpickled
@@ -131,4 +147,15 @@ def test_report_of_another_kind_is_refused(folder, tmp_path):
 def test_no_arguments_show_help_and_missing_ones_are_wrong_usage(folder):
     assert "absorb" in run().output
     assert run("verify").exit_code == 2
-    assert icl_lib.cli.page.__doc__
+
+
+def test_a_text_that_the_tokenizer_refuses(tmp_path):
+    from icl_lib.hidden_rule import export
+
+    export(tmp_path)
+    puzzle = ["--prompt", "2+3=10, 4+2=12, ", "--query", "2+8="]
+    found = run("verify", "--model", tmp_path, *puzzle, "--json")
+    assert (found.exit_code, json.loads(found.stdout)["holds"]) == (0, True)
+    found = run("verify", "--model", tmp_path, "--prompt", "2*3=10, ", "--query", "2+8=")
+    assert (found.exit_code, "--prompt is '2*3=10, ': the tokenizer refuses it" in found.stderr) == (2, True)
+    assert len(found.stderr.splitlines()) == 1

@@ -113,7 +113,7 @@ def test_greedy_generation_agrees_token_by_token(name):
     found = greedy_agreement(model, ids, max_new_tokens=20)
     assert found.tokens.shape == (5, 20)
     assert found.share == 1
-    assert found.control < 0.9
+    assert found.control < 0.6
     assert found.error < 1e-5
     written = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)[:, 24:]
     assert torch.equal(found.tokens, written)  # and so it is the model's ordinary generation
@@ -171,10 +171,16 @@ def test_the_model_is_put_back_whatever_happens(name, error):
     assert same(before, state(model))
 
 
+def generate(model, ids, _):
+    return greedy_agreement(model, ids, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("place", [0, 3])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_pass_that_fails_in_the_middle_leaves_nothing_behind(place, passes):
-    model, ids = small_language_model("Llama"), prompts(1)
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "Mixtral"])
+@pytest.mark.parametrize("function", [absorb, verify, generate])
+def test_a_pass_that_fails_in_the_middle_leaves_nothing_behind(function, name, place, passes):
+    model, ids = small_language_model(name), prompts(1)
     before, calls = None, []
 
     def fail(*_):
@@ -185,7 +191,7 @@ def test_a_pass_that_fails_in_the_middle_leaves_nothing_behind(place, passes):
     hook = model.model.layers[place].self_attn.register_forward_hook(fail)
     before = state(model)
     with pytest.raises(RuntimeError, match="in the middle"):
-        absorb(model, ids, LENGTH - 1)
+        function(model, ids, LENGTH - 1)
     assert same(before, state(model))
     hook.remove()
 
@@ -205,9 +211,10 @@ def test_a_patched_model_is_not_patched_again_and_refuses_other_inputs():
 def test_a_patch_for_another_model_is_refused(other):
     patch = absorb(shared("Llama"), prompts(1), LENGTH - 1)
     model = shared(other, torch.float32)
+    before = state(model)
     with pytest.raises(ValueError, match="patch the model it"), patch.applied(model):
         pass
-    assert same(state(model), state(model))
+    assert same(before, state(model))
 
 
 def test_gemma_with_its_image_tower():
@@ -360,3 +367,9 @@ def test_the_patch_is_light_and_says_what_it_is():
 def test_the_library_alone_does_not_import_transformers():
     code = "import sys, icl_lib; sys.exit(any(name in sys.modules for name in ('transformers', 'peft', 'typer')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_joint_edit_has_no_norm_at_a_position():
+    model, ids = shared("Mixtral"), prompts(1)
+    with pytest.raises(ValueError, match="a joint edit serves all positions"):
+        absorb(model, ids, LENGTH - 3, joint=True).blocks[0].norms()

@@ -1,10 +1,11 @@
 r"""What the examples of a prompt tell: by enumeration of all rules, without a model.
 
-The rules are equally likely, so given the examples $E$ those that agree with all of them are, and
+For somebody who knows that the rules are equally likely, and not which pairs training holds out, those that agree with
+the examples $E$ remain equally likely, and
 
 $$P(y \mid E, q) = \frac{\#\{f : f \text{ agrees with } E,\ f(q) = y\}}{\#\{f : f \text{ agrees with } E\}}.$$
 
-The most likely $y$ is the best answer there is. Without examples, its probability is what chance means here.
+The most likely $y$ is the best answer then. Without examples, its probability is what chance means here.
 """
 
 from __future__ import annotations

@@ -48,8 +48,11 @@ class LanguageBlockPatch:
     def norms(self) -> tuple[Tensor, Tensor]:
         """The size of the inner edits and of the outer ones at each position, ``[*batch, positions]``.
 
-        The Frobenius norm, over all maps together, of the edits that the position alone would need.
+        The Frobenius norm, over all maps together, of the edits that the position alone would need. Raises `ValueError`
+        for a joint patch, whose edits belong to no position.
         """
+        if len(self.weight.shape) == 2:
+            raise ValueError("a joint edit serves all positions: take the norms of a patch made with joint=False.")
         return self._norms(self.inner), self._norms(self.outer)
 
     def _norms(self, edits: dict[str, LowRank | Tensor]) -> Tensor:

@@ -123,6 +123,11 @@ class Finder:
         return self._inner(path, read, self.reading.read)
 
     def _on_routed(self, _: nn.Module, __: Any, answer: tuple[Tensor, Tensor, Tensor]) -> None:
+        if not (isinstance(answer, tuple) and len(answer) == 3):
+            raise ValueError(
+                f"{self.where}.{self.anatomy.router} answers a {type(answer).__name__}: a router must answer (logits, "
+                "gates, chosen experts), see icl_lib.anatomy."
+            )
         _, gates, chosen = answer
         self.gates = gates.to(self.change.dtype).sum(-1, keepdim=True)
         self.sent = {expert: (chosen == expert).T.nonzero()[:, 1] for expert in chosen.unique().tolist()}

@@ -89,7 +89,9 @@ class LanguagePatch(Patch):
     def merged(self, model: nn.Module) -> nn.Module:
         """A copy of the model with edited weights: the same classes, no hooks, ready for ``save_pretrained``.
 
-        With several positions, one edit a map serves them all; see :meth:`joint`, also for the errors.
+        With several positions, one edit a map serves them all; see :meth:`joint`, also for the errors. With
+        ``outer="bias"`` a map gets a bias that its class may not know: the copy answers with it, but loading what
+        ``save_pretrained`` has written leaves it out.
         """
         edits = self.joint(model, formed=True)
         merged = copy.deepcopy(model)
