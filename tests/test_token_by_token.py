@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from icl_lib import ContextualBlock, SoftmaxAttention, Transformer, implicit_update, plots
+from icl_lib.dynamics import normalised_lms, trajectory
 from icl_lib.experiments import (
     ONE_BLOCK,
     compare_with_sgd,
@@ -86,6 +87,9 @@ def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
     assert (reading.agreement is None) == (block is blocks["GRU"])
     if reading.agreement is not None:
         assert reading.agreement < 1e-11
+        lms = normalised_lms(trajectory(block, PROMPTS.context, PROMPTS.query))
+        assert reading.fell == pytest.approx(np.mean(lms.after.numpy() < lms.before.numpy()))
+        assert 0 < reading.fell < 1
         np.testing.assert_allclose(reading.predicted.mean, norms.mean(0), rtol=1e-10)
 
 
@@ -149,3 +153,4 @@ def test_one_head_is_one_rate():
     block = ContextualBlock(SoftmaxAttention(3), torch.nn.Linear(3, 3)).double()
     reading = read_token_by_token(block, PROMPTS)
     assert reading.lms_after.mean[-1] < reading.lms_before.mean[-1]
+    assert reading.fell == 1  # with several heads it is not

@@ -122,6 +122,7 @@ class TokenByToken:
         towards_example: the same for the loss on the example that is read, which SGD would follow.
         lms_before, lms_after: the normalised LMS loss of each token, mean over heads, before its step and after; None
             for a layer without a running average.
+        fell: the share of these losses, over heads, tokens and prompts, that their step lowers; None likewise.
         rates: attention's rate for each token, mean over heads; None likewise.
         scatter: how far single rates are from $1/(i+1)$, relatively, as a root mean square; None likewise.
     """
@@ -136,6 +137,7 @@ class TokenByToken:
     towards_example: Cosines
     lms_before: Estimate | None
     lms_after: Estimate | None
+    fell: float | None
     rates: Estimate | None
     scatter: float | None
 
@@ -185,7 +187,7 @@ def _pass_by_pass(block: ContextualBlock, prompts: Prompts) -> tuple[Tensor, Ten
 
 def _as_average(path: Trajectory, norms: Tensor) -> dict[str, Any]:
     """What can be said of a layer that is a running average, and None where it is none."""
-    names = ("predicted", "agreement", "lms_before", "lms_after", "rates", "scatter")
+    names = ("predicted", "agreement", "fell", "lms_before", "lms_after", "rates", "scatter")
     if path.prefixes.average is None:
         return dict.fromkeys(names)
     lms = normalised_lms(path)
@@ -193,6 +195,7 @@ def _as_average(path: Trajectory, norms: Tensor) -> dict[str, Any]:
     of_all = (
         estimate(lms.marginal_norms),
         ((lms.marginal_norms - norms).abs() / norms).max().item(),
+        (lms.after < lms.before).double().mean().item(),
         *(estimate(values.mean(-1)) for values in (lms.before, lms.after, lms.rates)),
         (lms.rates * count[:, None] - 1).square().mean().sqrt().item(),
     )
