@@ -25,7 +25,7 @@ test: book lint ## build the book, then run all tests, those in a real browser i
 figures: $(INSTALLED) ## run the papers' figures at full scale, an hour or more; options: make figures ARGS=--help
 	$(BIN)/python -m icl_lib.experiments $(ARGS)
 
-gpt: $(INSTALLED) ## train the book's small language model, a quarter of an hour on one core; options: make gpt ARGS=--help
+gpt: $(INSTALLED) ## train the book's small language model, half an hour on one core; options: make gpt ARGS=--help
 	$(BIN)/python -m icl_lib.hidden_rule $(ARGS)
 
 # Memory that is freed and used again stays with the process: asking the system for it each time is slow, and how slow

@@ -160,9 +160,9 @@ def test_what_is_held_out():
     assert torch.equal(held, held.mT)
     assert (held.triu().sum((1, 2)) == 3).all()
     double = RULES.index(Rule("2(a+b)"))
-    # The book's puzzle is not.
-    assert [bool(held[double, a - 1, b - 1]) for a, b in ((2, 3), (4, 2), (2, 8), (8, 2))] == [False] * 4
-    assert set(ANSWERS[~HELD_OUT].tolist()) == set(ANSWERS.flatten().tolist())
+    assert [bool(held[double, a - 1, b - 1]) for a, b in ((2, 3), (4, 2), (2, 8), (8, 2))] == [False, False, True, True]
+    for answers, mask in zip(ANSWERS, HELD_OUT, strict=True):
+        assert set(answers[~mask].tolist()) == set(answers.tolist())
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_training_learns_repeats_itself_and_goes_on_where_it_was(tmp_path):
     assert all(same)
     assert whole.curve == again.curve
     assert [entry["step"] for entry in whole.curve] == [10, 20, 30]
-    assert whole.curve[-1]["loss"][-1] < whole.curve[0]["loss"][-1] - 0.2
+    assert whole.curve[-1]["loss"][2] < whole.curve[0]["loss"][2] - 0.2
     other = train_hidden_rule(HiddenRuleSettings(**{**vars(SMALL), "seed": 1}), progress=False)
     assert other.curve != whole.curve
 
@@ -277,6 +277,7 @@ def test_training_that_diverges():
         ({"weight_decay": -1.0}, "weight_decay is -1.0: give 0 or a positive number"),
         ({"text_weight": float("nan")}, "text_weight is nan"),
         ({"examples": 0}, "examples is 0"),
+        ({"fewest": 7}, "fewest is 7 of 6 examples: no answer counts; choose fewer."),
     ],
 )
 def test_settings_are_checked(settings, says):
@@ -292,16 +293,17 @@ def test_the_puzzle_is_answered_and_the_bare_query_is_not(model):
     assert VOCABULARY.decode(replies(model, VOCABULARY.encode("2+3=1, 4+2=2, 2+8=")[None])) == "6"
 
 
-# A pair that training never showed with the rule is harder: the chapter has both columns.
-@pytest.mark.parametrize(("query", "least"), [("training", (0.95, 0.99)), ("held out", (0.8, 0.9))])
-def test_the_model_finds_the_rule(model, query, least):
+@pytest.mark.parametrize("query", ["training", "held out"])
+def test_the_model_finds_the_rule(model, query):
     two, four, bare = (sample_prompts(2000, examples, 77 + examples, query) for examples in (2, 4, 0))
     sure = identified(two)
     right = replies(model, two.tokens) == two.answer
-    assert right[sure].double().mean() >= least[0]
-    assert accuracy(model, two) >= best_accuracy(two) - (0.03 if query == "training" else 0.2)
-    assert accuracy(model, four) >= least[1]
-    assert accuracy(model, bare) <= best_accuracy(bare) + 0.02  # and no better than the best guess without them
+    assert right[sure].double().mean() >= 0.95
+    # Two examples leave several rules now and then, and no model can be right then. Of pairs that it never saw with the
+    # rule, it gives these up first.
+    assert accuracy(model, two) >= best_accuracy(two) - (0.01 if query == "training" else 0.05)
+    assert accuracy(model, four) >= 0.95
+    assert accuracy(model, bare) <= best_accuracy(bare) + 0.01  # and no better than the best guess without them
 
 
 def test_the_model_follows_the_examples_of_another_rule(model):
@@ -315,8 +317,8 @@ def test_the_model_goes_on_with_more_examples_of_the_rule(model):
     ids = VOCABULARY.encode(PUZZLE)[None]
     for _ in range(13):
         ids = torch.cat([ids, replies(model, ids)[:, None]], dim=1)
-    examples, _ = read(VOCABULARY.decode(ids[0]) + "0+0=")
-    assert len(examples) >= 4
+    examples, _ = read(VOCABULARY.decode(ids[0]) + ", 0+0=")
+    assert len(examples) == 5
     assert all(answer == 2 * (a + b) for a, b, answer in examples)
 
 

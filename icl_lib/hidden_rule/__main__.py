@@ -20,7 +20,7 @@ def main(
     folder: Annotated[Path | None, typer.Option(help=f"of the trained model; {DATA}, or {TRIAL} for a trial")] = None,
     state: Annotated[Path | None, typer.Option(help=f"file; {STATE}, or in {TRIAL} for a trial")] = None,
 ) -> None:
-    """Train the model that finds a hidden rule, on one core in a quarter of an hour, and write it with what it can do.
+    """Train the model that finds a hidden rule, on one core in half an hour, and write it with what it can do.
 
     A run that is stopped goes on where it was: start the same command again.
     """

@@ -1,8 +1,8 @@
 r"""A small language model of today's kind, trained to find the hidden rule.
 
 RMS norm, rotary positions, a gated MLP, no biases: a Llama, in the shape that `transformers` gives it. Every training
-prompt is drawn afresh. The loss is the cross-entropy of the answers from the second example on: the first cannot be
-known, and what a prompt of $n$ examples asks is asked of its first two examples, of its first three, and so on. The
+prompt is drawn afresh. The loss is the cross-entropy of each answer that two examples or more come before. With fewer
+the answer is a guess, and from guesses the model would learn which pairs are held out: their answers never come. The
 other tokens are predicted too, with a small weight, so that the model can go on after its answer.
 """
 
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from icl_lib.environment import building_book
@@ -30,8 +31,8 @@ class HiddenRuleSettings:
 
     Attributes:
         width, blocks, heads, hidden: of the model; ``hidden`` is the width of the MLP inside.
-        examples: most examples before a query.
-        known: examples after which an answer counts in the loss.
+        fewest, examples: examples before a query. Every step draws their number; answers that come after fewer examples
+            do not count.
         steps: optimiser steps.
         batch: prompts in a step.
         learning_rate: AdamW's, at its peak: up over the first twentieth of the steps, then down along a cosine.
@@ -45,9 +46,9 @@ class HiddenRuleSettings:
     blocks: int = 4
     heads: int = 4
     hidden: int = 192
+    fewest: int = 2
     examples: int = 6
-    known: int = 2
-    steps: int = 4000
+    steps: int = 8000
     batch: int = 128
     learning_rate: float = 4e-3
     weight_decay: float = 0.1
@@ -58,9 +59,9 @@ class HiddenRuleSettings:
     def __post_init__(self) -> None:
         for name in ("width", "blocks", "heads", "hidden", "examples", "steps", "batch", "every"):
             require_size(name, getattr(self, name))
-        require_size("known", self.known, 0)
-        if self.known > self.examples:
-            raise ValueError(f"known is {self.known} of {self.examples} examples: no answer would count; choose fewer.")
+        require_size("fewest", self.fewest, 0)
+        if self.fewest > self.examples:
+            raise ValueError(f"fewest is {self.fewest} of {self.examples} examples: no answer counts; choose fewer.")
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width is {self.width} with {self.heads} heads: rotary positions turn pairs of coordinates; "
@@ -146,9 +147,10 @@ class HiddenRuleTrainer:
     def advance(self) -> Float[Tensor, " answers"]:
         """Take one optimiser step; gives the loss of each answer before it."""
         settings = self.settings
-        prompts = sample_prompts(settings.batch, settings.examples, self._prompts)
+        examples = int(torch.randint(settings.fewest, settings.examples + 1, (), generator=self._prompts))
+        prompts = sample_prompts(settings.batch, examples, self._prompts)
         answers, text = losses(self.model, prompts.answered)
-        loss = answers[settings.known :].mean() + settings.text_weight * text
+        loss = answers[settings.fewest :].mean() + settings.text_weight * text
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is not finite at step {self.step}: lower learning_rate, now {settings.learning_rate}."
@@ -161,7 +163,7 @@ class HiddenRuleTrainer:
         self.step += 1
         self._recent.append(answers.detach())
         if self.step % settings.every == 0 or self.step == settings.steps:
-            means = torch.stack(self._recent).mean(0)
+            means = pad_sequence(self._recent, padding_value=float("nan")).nanmean(1)
             self.curve.append({"step": self.step, "loss": [float(f"{mean:.4g}") for mean in means]})
             self._recent = []
         return answers.detach()
