@@ -159,11 +159,12 @@ def _shared_gain(wanted: Tensor, length: Tensor, gain: Tensor) -> Tensor:
     for _ in range(NEWTON_STEPS):
         weights = torch.exp(dual @ shares)
         missing = 1 - shares @ weights
-        if bool(missing.abs().max() < 1e-14):
+        if bool(missing.abs().max() < 1e-14):  # where the iteration stops; nothing is divided by it
             break
         step = torch.linalg.lstsq((shares * weights) @ shares.mT, missing).solution
         # Full steps once they are small; before that no exponent may grow by more than one.
         dual = dual + step / max(1.0, float((step @ shares).abs().max()))
+    # No gain, or none that rounding lets the iteration find; the norms that need one compute in float32 anyway.
     if not bool(missing.abs().max() < 1e-9):
         raise ValueError(
             f"no gain of the norm serves all {len(shares)} vectors at once: give each position its own edits, or ask "
