@@ -11,6 +11,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from icl_lib.measures import relative_error
+
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """The relative error up to which the identity is said to hold; :func:`icl_lib.verification.verify` takes another."""
 
@@ -126,19 +128,7 @@ class Report:
 
 def by_prompt(actual: Tensor, expected: Tensor) -> Tensor:
     """The relative distance for each prompt and position, ``[prompts, positions]``."""
-    return relative(actual, expected).reshape(-1, expected.shape[-2])
-
-
-def relative(actual: Tensor, expected: Tensor) -> Tensor:
-    """The relative distance of the vectors at each position; 0 where both are zero."""
-    actual, expected = actual.to(wide(actual)), expected.to(wide(actual))
-    distance = torch.linalg.vector_norm(actual - expected, dim=-1)
-    return torch.where(distance == 0, distance, distance / torch.linalg.vector_norm(expected, dim=-1))
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """Squares of half precision overflow."""
-    return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+    return relative_error(actual, expected).reshape(-1, expected.shape[-2])
 
 
 def _finite(values: list[float]) -> bool:

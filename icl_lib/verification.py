@@ -17,8 +17,9 @@ from icl_lib.absorb import Observation, check_absorb, first_position, observe
 from icl_lib.anatomy import anatomy_of
 from icl_lib.language.call import is_tokens
 from icl_lib.language.verification import verify_tokens
+from icl_lib.measures import relative_error, wide
 from icl_lib.patch import Patch
-from icl_lib.report import TOLERANCE, Report, by_prompt, relative, wide
+from icl_lib.report import TOLERANCE, Report, by_prompt
 from icl_lib.validation import validated_by
 
 
@@ -101,8 +102,8 @@ def verify(
         error=error,
         control=control,
         mean_squared_difference=squared,
-        output_error=relative(answer, output).max().item(),
-        output_control=relative(bare, output).min().item(),
+        output_error=relative_error(answer, output).max().item(),
+        output_control=relative_error(bare, output).min().item(),
         tolerance=TOLERANCE[inputs.dtype] if tolerance is None else float(tolerance),
     )
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 # Data flows down this list: a module imports only what stands above it.
 LAYERS = [
-    "validation environment sweep low_rank theorem outer running_average contextual structure edits block "
+    "validation environment measures sweep low_rank theorem outer running_average contextual structure edits block "
     "transformer anatomy report patch language.architectures language.shadow language.places language.watch "
     "language.call language.adapter language.block_patch language.finder language.passes language.patch "
     "language.absorb language.verification language.generation absorb verification cli __main__ dynamics.prefixes "

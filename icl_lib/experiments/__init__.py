@@ -12,7 +12,6 @@ from icl_lib.experiments.language import LANGUAGE_MODELS, small_language_model
 from icl_lib.experiments.one_block import (
     ONE_BLOCK,
     TrainingCurves,
-    relative_difference,
     run_edited,
     training_curves,
     validate,
@@ -54,7 +53,6 @@ __all__ = [
     "ranks_from_left",
     "read_token_by_token",
     "recurrent_block",
-    "relative_difference",
     "renumbered",
     "run_edited",
     "run_every_block",

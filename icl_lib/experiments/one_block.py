@@ -10,6 +10,7 @@ from torch import Tensor
 
 from icl_lib.block import implicit_update
 from icl_lib.low_rank import LowRank
+from icl_lib.measures import relative_error
 from icl_lib.regression import Prompts, TrainingSettings, mean_squared_error, sample_prompts, train
 from icl_lib.transformer import Transformer, TransformerConfig
 from icl_lib.validation import require_size
@@ -111,14 +112,4 @@ def validate(model: Transformer, prompts: Prompts, curves: TrainingCurves) -> No
     }
     for name, output in outputs.items():
         getattr(curves, name).append(mean_squared_error(output, prompts).item())
-    curves.difference.append(relative_difference(outputs["edited"], outputs["prompted"]))
-
-
-def relative_difference(actual: Float[Tensor, "*batch dim"], expected: Float[Tensor, "*batch dim"]) -> float:
-    r"""The largest of $\lVert a - e\rVert / \lVert e\rVert$ over the leading dimensions.
-
-    >>> relative_difference(torch.tensor([[3.0, 4.0], [2.0, 0.0]]), torch.tensor([[3.0, 4.0], [1.0, 0.0]]))
-    1.0
-    """
-    distance = torch.linalg.vector_norm(actual - expected, dim=-1)
-    return (distance / torch.linalg.vector_norm(expected, dim=-1)).max().item()
+    curves.difference.append(relative_error(outputs["edited"], outputs["prompted"]).max().item())

@@ -22,8 +22,8 @@ from icl_lib.dynamics.from_left import eaten_from_left
 from icl_lib.dynamics.lms import normalised_lms
 from icl_lib.dynamics.path import Trajectory, trajectory
 from icl_lib.dynamics.task import answers, step_alignment
-from icl_lib.experiments.one_block import relative_difference
 from icl_lib.fine_tuning import fine_tune, fine_tuned_losses
+from icl_lib.measures import relative_error
 from icl_lib.regression import Prompts, squared_error
 from icl_lib.theorem import alignment, weight_update
 
@@ -165,7 +165,7 @@ def read_token_by_token(block: ContextualBlock, prompts: Prompts) -> TokenByToke
         norms=estimate(norms),
         exponent=decay_exponent(norms),
         loss=estimate(to_answer(edited)),
-        exact=relative_difference(edited, own),
+        exact=relative_error(edited, own).max().item(),
         towards_answer=Cosines.of(step_alignment(path, block, query, to_answer), torch.ones(())),
         towards_example=Cosines.of(step_alignment(path, block, questions, to_example), ceilings),
         **_as_average(path, norms),

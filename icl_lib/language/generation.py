@@ -13,7 +13,7 @@ from icl_lib.anatomy import anatomy_of
 from icl_lib.environment import building_book
 from icl_lib.language.call import accepted, check_tokens, experts_one_by_one, full_call, run
 from icl_lib.language.passes import Prompted, with_context, without_context
-from icl_lib.report import relative
+from icl_lib.measures import relative_error
 from icl_lib.validation import require_size, validated_by
 
 
@@ -96,7 +96,7 @@ def greedy_agreement(
             bare = run(model, call)[:, -1]
             _, answer = without_context(model, Prompted(call, torch.Size((len(ids), 1)), readings), outer, edits=False)
             chosen.append((answer.argmax(-1), wanted.argmax(-1), bare.argmax(-1)))
-            errors.append(relative(answer, wanted).max().item())
+            errors.append(relative_error(answer, wanted).max().item())
             current = chosen[-1][0][:, None]
     return Agreement(*(torch.stack(part, -1) for part in zip(*chosen, strict=True)), max(errors))
 

@@ -16,7 +16,8 @@ from icl_lib.language.absorb import first_token, prompted_by
 from icl_lib.language.call import experts_one_by_one, full_call, run
 from icl_lib.language.passes import Prompted, bar_over, with_context, without_context
 from icl_lib.language.watch import on_output
-from icl_lib.report import TOLERANCE, Report, relative, wide
+from icl_lib.measures import relative_error, wide
+from icl_lib.report import TOLERANCE, Report
 
 CONTROLS = 32
 """The number of positions of a prompt at which the model is also run without its edits."""
@@ -50,7 +51,7 @@ def verify_tokens(
 
         def note(index: int, patched: Tensor) -> None:
             output = readings[index].output
-            error.append(relative(patched, output).reshape(prompts, tokens).amax(0).tolist())
+            error.append(relative_error(patched, output).reshape(prompts, tokens).amax(0).tolist())
             squared.append((patched - output).to(wide(patched)).square().mean().item())
             bar.update()
 
@@ -67,7 +68,7 @@ def verify_tokens(
         error=error,
         control=control,
         mean_squared_difference=squared,
-        output_error=relative(answer, logits).max().item(),
+        output_error=relative_error(answer, logits).max().item(),
         output_control=output_control,
         tolerance=_tolerance(logits.dtype, anatomy.scale is not None and joint and prompted.shape.numel() > 1)
         if tolerance is None
@@ -95,7 +96,7 @@ def _without_edits(
 
     def note(index: int, out: Tensor) -> None:
         output = chosen(prompted.readings[index].output)
-        control.append(relative(out.reshape(output.shape), output).reshape(prompts, -1).amin(0).tolist())
+        control.append(relative_error(out.reshape(output.shape), output).reshape(prompts, -1).amin(0).tolist())
         bar()
 
     with contextlib.ExitStack() as stack, torch.no_grad():
@@ -103,7 +104,7 @@ def _without_edits(
             on_output(stack, block, functools.partial(note, index))
         answer = run(model, call)
     wanted = chosen(logits)
-    off = relative(answer.reshape(wanted.shape), wanted).reshape(prompts, -1)
+    off = relative_error(answer.reshape(wanted.shape), wanted).reshape(prompts, -1)
     return control, off[:, (some >= context).to(off.device)].min().item()
 
 
