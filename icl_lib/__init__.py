@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import icl_lib.language.architectures  # noqa: F401  (the models that it describes become known)
+import icl_lib.language.architectures  # noqa: F401  (registers the anatomies it lists)
 from icl_lib.absorb import absorb
 from icl_lib.anatomy import Anatomy, register_anatomy
 from icl_lib.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
@@ -55,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Widgets need packages that computing does not (the extra [book]); they are imported when first asked for.
+    # Only the widgets need the packages of the extra [book], so they are imported at first use.
     if name in ("Playground", "explore"):
         from icl_lib import widgets
 

@@ -1,4 +1,4 @@
-"""Where the library is running."""
+"""Whether the library runs inside the build of the book."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 
 
 def building_book() -> bool:
-    """Whether this process executes a page of the book, whose build sets ``ICL_LIB_BOOK_BUILD=1``.
+    """Return whether this process executes a page of the book; the build sets ``ICL_LIB_BOOK_BUILD=1``.
 
-    A page has no kernel behind it: widgets then draw in advance what they will show, and progress bars stay away.
+    The built page has no kernel. So widgets draw all their frames during the build, and progress bars are not shown.
     """
     return os.environ.get("ICL_LIB_BOOK_BUILD") == "1"

@@ -1,9 +1,10 @@
-r"""What a verification measured, as an object that prints, draws itself in a notebook and travels as JSON."""
+r"""The result of a verification: it prints as a table, shows as HTML in a notebook, and is written as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,34 +12,36 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from icl_lib.measures import relative_error
+from icl_lib.measures import relative_error, scientific
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""The relative error up to which the identity is said to hold; :func:`icl_lib.verification.verify` takes another."""
+"""The largest relative error for which the identity holds, by precision; see :func:`icl_lib.verification.verify`."""
 
 
 @dataclass(frozen=True)
 class Report:
-    r"""What :func:`icl_lib.verification.verify` measured. Lists run over blocks, and inside over positions.
+    r"""The measurements of :func:`icl_lib.verification.verify`. Nested lists are indexed by block, then by position.
 
-    An error is $\lVert T_{\text{patched}} - T(C, x)_i \rVert / \lVert T(C, x)_i \rVert$; the control is the same for
-    the block without its edits. A language model is run as a whole, so there it is the stream after the block.
+    An error is $\lVert T_{\text{patched}} - T(C, x)_i \rVert / \lVert T(C, x)_i \rVert$. Its control is the same
+    quantity for the block without its edits. A language model is run as a whole: there, the error of a block is that of
+    the residual stream after it.
 
     Attributes:
-        model: the name of its class.
-        reference: what the patched blocks were fed, see :func:`icl_lib.absorb.absorb`.
-        context_length: number of tokens that were replaced.
-        first: position of the first entry of the inner lists.
-        prompts: number of prompts, over which ``error`` is the largest and ``control`` the smallest.
-        dtype: precision of the arithmetic.
-        device: where it ran.
-        versions: of torch, and of transformers where the model is from there.
-        error: relative error of each patched block at each position, ``[blocks][positions]``.
-        control: the same without the patch; of a language model at up to 32 of the positions, evenly spread.
-        mean_squared_difference: of the outputs of each patched block, over prompts, positions and features.
-        output_error: relative error of the whole patched model on the bare query.
+        model: the name of the model's class.
+        reference: the input of the patched blocks, see :func:`icl_lib.absorb.absorb`.
+        context_length: the number of tokens that the edits replace.
+        first: the position of the first entry of the inner lists.
+        prompts: the number of prompts; ``error`` is the largest over them and ``control`` the smallest.
+        dtype: the precision of the arithmetic.
+        device: the device it ran on.
+        versions: the versions of torch, and of transformers for a model from there.
+        error: the relative error of each patched block at each position, ``[blocks][positions]``.
+        control: the same without the patch; for a language model at up to 32 of the positions, evenly spread.
+        mean_squared_difference: for each patched block, the mean squared difference of its output from the output with
+            the context, over prompts, positions and features.
+        output_error: the relative error of the whole patched model on the bare query.
         output_control: the same without the patch.
-        tolerance: the error up to which the identity is said to hold.
+        tolerance: the largest error for which the identity holds.
     """
 
     model: str
@@ -58,31 +61,31 @@ class Report:
 
     @property
     def max_error(self) -> float:
-        """The largest error anywhere, that of the model's output included; infinite where one is not a number."""
+        """The largest error of all blocks, positions and the model's output; infinite if one of them is NaN."""
         return _largest([*(value for block in self.error for value in block), self.output_error])
 
     @property
     def holds(self) -> bool:
-        """Whether no error is larger than the tolerance."""
+        """Whether every error is at most the tolerance."""
         return self.max_error <= self.tolerance
 
     @property
     def tested(self) -> float:
-        """How many blocks and positions, as a share, fail without their edits; where it is 0, nothing was tested."""
+        """The share of blocks and positions that fail without their edits; if it is 0, the check tested nothing."""
         control = [value for block in self.control for value in block]
         return sum(value > self.tolerance for value in control) / len(control)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything measured, as plain numbers, strings, lists and dictionaries; None for what is not a number."""
+        """Return all measurements as plain numbers, strings, lists and dictionaries; None for NaN and infinity."""
         summary = {"max_error": self.max_error, "holds": self.holds, "tested": self.tested}
         return _plain({**asdict(self), **summary})
 
     def to_json(self, **kwargs: Any) -> str:
-        """The same as JSON; the arguments are those of `json.dumps`."""
+        """Return the dictionary of :meth:`to_dict` as JSON; the arguments are passed to `json.dumps`."""
         return json.dumps(self.to_dict(), allow_nan=False, **kwargs)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a block: the largest error and its position, and how far off the block is without its edits.
+        """Return one row for each block: its largest error, the position of that error, and its controls.
 
         Blocks and positions are counted from 1, as in the paper.
         """
@@ -101,14 +104,16 @@ class Report:
             )
         return rows
 
-    def _summary(self) -> tuple[str, str]:
+    def _summary(self, written: Callable[[float, int], str]) -> tuple[str, str]:
+        """Return the line above the table and the verdict below it; ``written`` formats a number to some digits."""
         positions = len(self.error[0])
         return (
             f"{self.model}, {len(self.error)} blocks, {positions} positions, {self.prompts} "
             f"prompt{'s' if self.prompts > 1 else ''}, {self.dtype} on {self.device}, reference: {self.reference}",
-            f"Whole model on the bare query: error at most {self.output_error:.1e}; without edits at least "
-            f"{self.output_control:.1e}. The identity {'holds' if self.holds else 'FAILS'} to {self.tolerance:.0e}: "
-            f"the largest error is {self.max_error:.1e}. Without edits {self.tested:.0%} of blocks and positions fail."
+            f"The identity {'holds' if self.holds else 'FAILS'} to {written(self.tolerance, 1)}: the largest error is "
+            f"{written(self.max_error, 2)}. The whole model on the bare query has an error of "
+            f"{written(self.output_error, 2)} with its edits and {written(self.output_control, 2)} without. "
+            f"Without edits, {self.tested:.0%} of blocks and positions fail."
             + ("" if self.tested else " Nothing was tested: the context changes nothing here."),
         )
 
@@ -116,18 +121,23 @@ class Report:
         return tabulate(self.rows(), headers="keys", tablefmt=form, floatfmt=".1e")
 
     def __str__(self) -> str:
-        head, verdict = self._summary()
+        head, verdict = self._summary(lambda value, digits: f"{value:.{digits - 1}e}")
         return f"{head}\n\n{self._table('simple')}\n\n{verdict}"
 
     def _repr_html_(self) -> str:
-        head, verdict = self._summary()
+        head, verdict = self._summary(
+            lambda value, digits: scientific(value, digits) if math.isfinite(value) else str(value)
+        )
+        # Where the table is wider than the page it scrolls: tabindex makes it reachable with the keyboard.
         return (
-            f'<div class="icl-report" style="overflow-x:auto"><p>{head}</p>{self._table("html")}<p>{verdict}</p></div>'
+            '<div class="icl-report" style="overflow-x:auto" '
+            'tabindex="0" role="region" aria-label="Verification report">'
+            f"<p>{head}</p>{self._table('html')}<p>{verdict}</p></div>"
         )
 
 
 def by_prompt(actual: Tensor, expected: Tensor) -> Tensor:
-    """The relative distance for each prompt and position, ``[prompts, positions]``."""
+    """Return the relative error for each prompt and position, ``[prompts, positions]``."""
     return relative_error(actual, expected).reshape(-1, expected.shape[-2])
 
 
@@ -136,12 +146,12 @@ def _finite(values: list[float]) -> bool:
 
 
 def _largest(values: list[float]) -> float:
-    """What is not a number counts as infinite; `max` would overlook it."""
+    """Return the largest value, and infinity if one is NaN: `max` alone would ignore a NaN."""
     return max(values) if _finite(values) else math.inf
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that JSON has no word for become None."""
+    """Replace NaN and infinities, which JSON cannot express, by None."""
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-r"""Does the identity hold for this model and this prompt? An error for every block and position, beside its control.
+r"""Check the identity for a model and a prompt: an error for every block and position, with its control.
 
-The check runs the model's own blocks with edited weights on the stream of the query alone, and then the whole model on
-the bare query. The edits are kept as factors: a linear map answers $W z + L (R^\top z)$, which is what
-:meth:`icl_lib.patch.Patch.merged` forms in full. What the MLP reads with the context is used to compute an edit and
-never handed to the MLP.
+The check runs the model's own blocks with edited weights on the residual stream of the query alone, and then the whole
+model on the bare query. The edits are kept as factors: an edited linear map outputs $W z + L (R^\top z)$, and
+:meth:`icl_lib.patch.Patch.merged` computes the matrix $W + L R^\top$. The activation with the context is used only to
+compute an edit; it is never given to the MLP.
 """
 
 from __future__ import annotations
@@ -55,19 +55,20 @@ def verify(
 
     $$T(C, x)_i = T_{W + \Delta W_i,\, b' + \Delta b'_i}(x)$$
 
-    (Innocenti and Achour, Theorem 1), and that the whole patched model answers the bare query as it answers the prompt.
-    Each block is checked as soon as it has run; of its edits only the query's are kept. A language model, which is fed
-    token ids, is run as a whole on the bare query, with each edit from where its weight is first used
-    (:mod:`icl_lib.language.passes`).
+    Source: Innocenti and Achour (arXiv 2512.11255, version 1), Theorem 1. The check also runs the whole patched model
+    on the bare query and compares its output with that of the model on the prompt. Each block is checked as soon as it
+    has run, and only the query's edits are kept. A language model, whose inputs are token ids, is run as a whole on the
+    bare query (:mod:`icl_lib.language.passes`).
 
     Args:
         model, inputs, context_length, reference, positions, outer, joint, progress: as for
             :func:`icl_lib.absorb.absorb`.
-        tolerance: the relative error up to which :attr:`icl_lib.report.Report.holds`; by default 1e-12 for float64,
-            1e-5 for float32.
+        tolerance: the largest relative error for which :attr:`icl_lib.report.Report.holds` is true. By default 1e-12
+            for float64, 1e-5 for float32, 2e-3 for float16 and 2e-2 for bfloat16.
 
-    Raises `ValueError` as :func:`icl_lib.absorb.absorb` does. An identity that fails is no error: it is reported. As in
-    :func:`icl_lib.theorem.weight_update`, digits are lost where a query is much longer than the tokens of its context.
+    Raises `ValueError` as :func:`icl_lib.absorb.absorb` does. A failed identity raises no error: the report says so. As
+    in :func:`icl_lib.theorem.weight_update`, precision is lost where the activation without the context is much longer
+    than the one with it.
 
     >>> from icl_lib import Transformer, TransformerConfig
     >>> model = Transformer(TransformerConfig(dim=8, blocks=3, heads=2, norm="pre")).double()
@@ -89,7 +90,9 @@ def verify(
         at_query.append(seen.edits.at(slice(context_length - first, None)))
 
     output = observe(model, inputs, context_length, reference, first, check)[..., context_length:, :]
-    answer, bare = _answers(model, Patch(tuple(at_query), anatomy, reference, context_length, context_length), inputs)
+    edited, bare = _bare_outputs(
+        model, Patch(tuple(at_query), anatomy, reference, context_length, context_length), inputs
+    )
     return Report(
         model=type(model).__name__,
         reference=reference,
@@ -102,17 +105,17 @@ def verify(
         error=error,
         control=control,
         mean_squared_difference=squared,
-        output_error=relative_error(answer, output).max().item(),
+        output_error=relative_error(edited, output).max().item(),
         output_control=relative_error(bare, output).min().item(),
         tolerance=TOLERANCE[inputs.dtype] if tolerance is None else float(tolerance),
     )
 
 
-def _answers(model: nn.Module, patch: Patch, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """What the whole model answers to the bare query: with its patch, and without."""
+def _bare_outputs(model: nn.Module, patch: Patch, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outputs of the whole model for the bare query: with its patch, and without."""
     bare = patch.bare(inputs)
     with torch.no_grad():
         without = model(bare)
         with patch.applied(model):
-            answer = model(bare)
-    return tuple(t if patch.reference == "query" else t.squeeze(-2) for t in (answer, without))
+            edited = model(bare)
+    return tuple(t if patch.reference == "query" else t.squeeze(-2) for t in (edited, without))

@@ -1,4 +1,4 @@
-"""Where models keep their parts: known classes, registered ones, and entries that do not fit."""
+"""The anatomies of models: known classes, registered ones, and entries that do not fit the model."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ def forget_entries(monkeypatch):
 
 
 class Gated(nn.Module):
-    """Somebody's own block: a gated MLP with two inner maps, the mean of the tokens before as its contextual layer."""
+    """A block unknown to the library: the mean of the tokens so far as contextual layer, and a gated MLP."""
 
     def __init__(self, width, skip=True):
         super().__init__()
@@ -46,7 +46,7 @@ class Stack(nn.Module):
 ENTRY = Anatomy(blocks="layers", stream="norm", inner=("gate", "up"), outer="down")
 
 
-def test_somebody_elses_model_once_registered():
+def test_a_model_of_another_class_works_once_registered():
     model, inputs = Stack().double(), torch.randn(2, 7, 6).double()
     with pytest.raises(ValueError, match=r"model is a Stack, whose anatomy is unknown [^§]*register_anatomy\(Stack"):
         absorb(model, inputs, 6)
@@ -62,7 +62,7 @@ def test_somebody_elses_model_once_registered():
     assert model.layers[0].down.bias is None
 
 
-def test_an_entry_that_misses_an_inner_map_is_found_out_by_verify():
+def test_verify_fails_for_an_entry_without_one_of_the_inner_maps():
     register_anatomy(Stack, Anatomy(blocks="layers", stream="norm", inner=("up",), outer="down"))
     report = verify(Stack().double(), torch.randn(2, 7, 6).double(), 6)
     assert not report.holds
@@ -82,8 +82,11 @@ def test_subclasses_are_covered():
     [
         (Anatomy("blocks", "norm", ("up",), "down"), "Stack has no 'blocks'"),
         (Anatomy("layers", "norm2", ("up",), "down"), r"layers\[0\] has no 'norm2'"),
-        (Anatomy("layers.0.norm", "norm", ("up",), "down"), "'layers.0.norm' is no list of blocks"),
-        (lambda model: None, "the entry of Stack gives a NoneType"),
+        (
+            Anatomy("layers.0.norm", "norm", ("up",), "down"),
+            "Stack.layers.0.norm is a RMSNorm, not a list",
+        ),
+        (lambda model: None, "the entry of Stack returned a NoneType: it must return an Anatomy"),
         (
             Anatomy("layers", "norm", ("norm",), "down"),
             r"layers\[0\]\.norm is a RMSNorm: it must be a plain torch.nn.Linear",
@@ -117,7 +120,8 @@ def test_shared_parts_are_refused(shared):
     [
         ({"blocks": ""}, "blocks is ''"),
         ({"inner": ()}, r"inner is \(\)"),
-        ({"outer": ""}, "outer is ''"),
+        ({"outer": ""}, "outer is '': give a path or None"),
+        ({"parallel": True}, r"inner is .*: give \(\), since the MLP of a parallel block needs no edit"),
     ],
 )
 def test_bad_entries_are_named(change, says):
@@ -130,7 +134,7 @@ class Doubling(nn.Linear):
         return 2 * super().forward(read)
 
 
-def test_maps_that_do_more_than_their_weights_are_refused():
+def test_maps_whose_output_is_not_linear_in_their_weights_are_refused():
     register_anatomy(Stack, ENTRY)
     model = Stack()
     hook = model.layers[1].down.register_forward_hook(lambda module, args, answer: 0.5 * answer)

@@ -1,10 +1,11 @@
-"""The report: every block and position, each error beside its control, in every precision."""
+"""The report: the error of every block and position with its control, in every precision."""
 
 import contextlib
 import copy
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from test_absorb import lively
 
 from icl_lib import Report, absorb, verify
 from icl_lib.anatomy import anatomy_of
+from icl_lib.measures import relative_error
 
 OPTIONS = list(itertools.product([False, True], ["none", "pre", "post"], [False, True], ["query", "self"]))
 
@@ -26,8 +28,8 @@ def test_six_blocks_hold_to_rounding(width, skip, norm, causal, reference):
     report = verify(model, inputs, 8, reference)
     assert report.tolerance == 1e-12
     assert report.holds, report
-    # Without its edit every position is off, but for a causal model's first token by itself: it has no context. Without
-    # skips, attention makes all tokens alike after a few blocks, and there is little left to get wrong.
+    # Without its edit every position fails, except the first token of a causal model with reference "self": it has no
+    # context. Without skips, attention makes all tokens nearly equal after some blocks, so only the first block counts.
     start = 1 if causal and reference == "self" else 0
     assert min(value for block in report.control[: 6 if skip else 1] for value in block[start:]) > 1e-6
     assert report.output_control > 1e-6
@@ -37,21 +39,19 @@ def test_six_blocks_hold_to_rounding(width, skip, norm, causal, reference):
 
 
 def test_errors_are_those_of_a_merged_copy():
-    """The errors come from low-rank factors; a copy with edited weights, run on its own, must agree with them."""
+    """The report computes with low-rank factors; a copy with edited weights must give the same errors."""
     model, inputs = lively(blocks=3), torch.randn(2, 6, 8).double()
     report = verify(model, inputs, 5)
     patch = absorb(model, inputs, 5)
-    answer = patch.merged(model)(inputs[:, 5:])
     wanted = model(inputs)[:, 5:]
-    assert ((answer - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max() < 1e-12
-    bare = model(inputs[:, 5:])
-    control = ((bare - wanted).norm(dim=-1) / wanted.norm(dim=-1)).min().item()
+    assert relative_error(patch.merged(model)(inputs[:, 5:]), wanted).max() < 1e-12
+    control = relative_error(model(inputs[:, 5:]), wanted).min().item()
     assert report.output_control == pytest.approx(control, rel=1e-12)
 
 
 @contextlib.contextmanager
 def wrong_by(factor, monkeypatch):
-    """Inside, every ΔW is multiplied by a factor."""
+    """Multiply every ΔW by a factor inside the `with` block."""
     module = sys.modules["icl_lib.absorb"]
     right = module.weight_update
     with monkeypatch.context() as patched:
@@ -60,7 +60,7 @@ def wrong_by(factor, monkeypatch):
 
 
 def test_a_wrong_edit_is_reported(monkeypatch):
-    """The check can fail: with an epsilon in the denominator, or the sign reversed, it does."""
+    """The check fails for a ΔW that is slightly too large, for ΔW = 0 and for −ΔW."""
     model, inputs = lively(), torch.randn(2, 6, 8).double()
     for factor in (1 + 1e-8, 0.0, -1.0):
         with wrong_by(factor, monkeypatch):
@@ -70,14 +70,18 @@ def test_a_wrong_edit_is_reported(monkeypatch):
     assert verify(model, inputs, 5).holds
 
 
-def test_the_report_prints_and_travels():
+def test_the_report_as_text_html_and_json():
     report = verify(lively(), torch.randn(2, 6, 8).double(), 5)
     text = str(report)
     assert "Transformer, 3 blocks, 6 positions, 2 prompts, float64 on cpu, reference: query" in text
     assert "The identity holds to 1e-12" in text
     assert len([line for line in text.splitlines() if line.lstrip()[:1] in "123"]) >= 3
-    assert report._repr_html_().startswith('<div class="icl-report"')
-    assert report._repr_html_().count("<tr>") == 4
+    html = report._repr_html_()
+    assert html.startswith('<div class="icl-report"')
+    assert 'tabindex="0" role="region" aria-label="Verification report"' in html  # the keyboard must reach it
+    assert html.count("<tr>") == 4
+    assert "The identity holds to 1 × 10⁻¹²" in html
+    assert not re.search(r"\de[-+]\d", re.sub(r"<table>.*</table>", "", html, flags=re.DOTALL))
     data = json.loads(report.to_json())
     assert data == report.to_dict()
     assert data["holds"] is True
@@ -108,7 +112,7 @@ def test_half_precision(monkeypatch):
         report = verify(half, prompt, 5)
         assert report.holds
         assert report.tested > 0.9
-        assert report.max_error > torch.finfo(dtype).eps / 10  # it cannot be better than its digits
+        assert report.max_error > torch.finfo(dtype).eps / 10  # no smaller than rounding
         with wrong_by(0.8, monkeypatch):
             assert not verify(half, prompt, 5).holds
 
@@ -126,6 +130,7 @@ def test_what_is_not_a_number_does_not_hold(place):
     error[1][place] = math.nan
     broken = replace(report, error=error)
     assert (broken.holds, broken.max_error) == (False, math.inf)
+    assert "the largest error is inf" in broken._repr_html_()
     assert broken.rows()[1]["at position"] == place % 6 + 1
     assert json.loads(broken.to_json())["error"][1][place] is None
     assert not replace(report, output_error=math.nan).holds
