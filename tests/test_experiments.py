@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 
-from icl_lib import implicit_update, plots
-from icl_lib.experiments import ONE_BLOCK, run_edited, small_language_model, training_curves
+from icl_lib import ContextualBlock, MeanPooling, implicit_update, plots
+from icl_lib.experiments import (
+    ONE_BLOCK,
+    run_edited,
+    small_language_model,
+    smaller_edits,
+    training_curves,
+    with_other_tail,
+)
 from icl_lib.measures import relative_error
 from icl_lib.regression import TrainingSettings, sample_prompts
 from icl_lib.transformer import Transformer
@@ -32,6 +40,56 @@ def test_the_models_own_forward_agrees_with_the_edited_block():
     assert relative_error(by_model, by_block).max() < 1e-12
     assert relative_error(by_model, model(prompts.sequence)[:, -1]).max() < 1e-12
     assert relative_error(run_edited(model, 0.5 * update.weight, prompts.sequence[:, -1:]), by_block).max() > 1e-6
+
+
+@pytest.mark.parametrize("steps", [0, 100])
+def test_smaller_edits_keep_one_output_and_the_formula_keeps_all(steps):
+    model = Transformer(ONE_BLOCK).double()
+    if steps:
+        settings = TrainingSettings(steps=steps, batch=32, examples=20, every=50)
+        _, model = training_curves(settings, validation_prompts=2, progress=False)
+    prompts = sample_prompts(20, 20, 2, seed=1)
+    block, bare = model.contextual_block(), prompts.sequence[:, -1:]
+    formula = implicit_update(block, prompts.context, prompts.query).weight
+    smaller = smaller_edits(block, prompts.context, prompts.query)
+    assert smaller.rank().tolist() == [1] * 20
+    assert (smaller.norm() < 0.99 * formula.norm()).all()
+
+    prompted = model(prompts.sequence)[:, -1]
+    assert relative_error(run_edited(model, smaller, bare), prompted).max() < 1e-12
+    assert relative_error(run_edited(model, 0.9 * smaller, bare), prompted).min() > 1e-6  # negative control
+
+    other = with_other_tail(model, seed=1)
+    prompted = other(prompts.sequence)[:, -1]
+    assert relative_error(run_edited(other, formula, bare), prompted).max() < 1e-12
+    assert relative_error(run_edited(other, smaller, bare), prompted).min() > 1e-4
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+def test_smaller_edits_of_a_linear_tail_are_a_projection(batch):
+    mlp = nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 2)).double()
+    block = ContextualBlock(MeanPooling(), mlp)
+    context, query = torch.randn(*batch, 5, 4).double(), torch.randn(*batch, 4).double()
+    formula = implicit_update(block, context, query).weight
+    projection = torch.linalg.pinv(mlp[1].weight) @ mlp[1].weight
+    smaller = smaller_edits(block, context, query)
+    torch.testing.assert_close(smaller.dense(), projection @ formula.dense(), rtol=1e-10, atol=1e-13)
+    assert not torch.allclose(smaller.dense(), formula.dense(), rtol=1e-3)  # negative control
+    # Nothing is gained where the tail loses nothing.
+    whole = ContextualBlock(MeanPooling(), mlp[0])
+    torch.testing.assert_close(smaller_edits(whole, context, query).dense(), formula.dense(), rtol=1e-10, atol=1e-13)
+
+
+def test_smaller_edits_check_their_input():
+    block, prompts = Transformer(ONE_BLOCK).double().contextual_block(), sample_prompts(2, 5, 2, seed=0)
+    with pytest.raises(ValueError, match="context is empty"):
+        smaller_edits(block, prompts.context[:, :0], prompts.query)
+    with pytest.raises(ValueError, match="block is a Linear"):
+        smaller_edits(nn.Linear(3, 3), prompts.context, prompts.query)
+    with pytest.raises(ValueError, match="iterations is 0"):
+        smaller_edits(block, prompts.context, prompts.query, iterations=0)
+    with pytest.raises(ValueError, match="single contextual block"):
+        with_other_tail(Transformer(ONE_BLOCK.__class__(dim=3, blocks=2)))
 
 
 def test_small_language_models_follow_their_seed_and_options():

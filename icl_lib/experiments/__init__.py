@@ -1,4 +1,4 @@
-"""The papers' figures as functions: settings in, tidy data out, no drawing."""
+"""The papers' experiments as functions from settings to data; :mod:`icl_lib.plots` draws them."""
 
 from icl_lib.experiments.alignment import between_blocks, cosines, likeness, renumbered, within_block
 from icl_lib.experiments.every_block import (
@@ -13,8 +13,10 @@ from icl_lib.experiments.one_block import (
     ONE_BLOCK,
     TrainingCurves,
     run_edited,
+    smaller_edits,
     training_curves,
     validate,
+    with_other_tail,
 )
 from icl_lib.experiments.paper_scale import VARIED, paper_settings, summarise, write_figures
 from icl_lib.experiments.token_by_token import (
@@ -57,9 +59,11 @@ __all__ = [
     "run_edited",
     "run_every_block",
     "small_language_model",
+    "smaller_edits",
     "summarise",
     "training_curves",
     "validate",
+    "with_other_tail",
     "within_block",
     "write_figures",
 ]
