@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from icl_lib import LowRank, absorb, alignment
+from icl_lib import LowRank, absorb, alignment, plots
 from icl_lib.experiments import (
     BLOCK_COLUMNS,
     COLUMNS,
@@ -66,6 +66,9 @@ def test_measures_are_those_of_the_definition():
     assert measured["patched"] == pytest.approx(loss.item(), rel=1e-12)
     assert measured["unedited"] == pytest.approx(unedited.item(), rel=1e-12)
     assert min(abs(bare - loss), abs(unedited - loss)) > 1e-6
+    own, other = ([row[block] for row in (measured["difference"], measured["largest"])] for block in (0, 3))
+    for mean, largest in (own, other):
+        assert 0 < mean < largest <= mean * 3 * 6 * 3  # prompts, positions, features: no entry exceeds the sum
     dense = absorb(model, prompts.sequence, 5).blocks[2].weight.dense().detach().numpy()
     assert measured["frobenius"][2] == pytest.approx(np.linalg.norm(dense[:, -1], axis=(1, 2)).mean(), rel=1e-10)
     assert measured["spectral"][2] == pytest.approx(np.linalg.norm(dense[:, -1], 2, axis=(1, 2)).mean(), rel=1e-10)
@@ -115,11 +118,11 @@ def test_renumbering_hidden_units_changes_the_alignment_of_blocks_and_nothing_el
 @pytest.mark.parametrize(
     ("block", "order", "says"),
     [
-        (5, torch.randperm(12), "block is 5: give a number from 0 to 4"),
+        (5, torch.randperm(12), "block is 5: give a whole number from 0 to 4"),
         (True, torch.randperm(12), "block is True"),
-        (0, torch.randperm(11), "each of the 12 hidden units once"),
-        (0, torch.zeros(12, dtype=torch.long), "each of the 12 hidden units once"),
-        (0, list(range(12)), "each of the 12 hidden units once"),
+        (0, torch.randperm(11), "order is not a permutation of the 12 hidden units"),
+        (0, torch.zeros(12, dtype=torch.long), "order is not a permutation of the 12 hidden units"),
+        (0, list(range(12)), "order is not a permutation of the 12 hidden units"),
     ],
 )
 def test_bad_renumberings_are_named(block, order, says):
@@ -249,3 +252,11 @@ def test_the_command_survives_kill_9(tmp_path):
     assert len(files) == RUNS
     assert kept.items() <= files.items()
     assert len(json.loads(summary.read_text())["runs"]) == RUNS
+
+
+def test_the_figure_of_errors_by_depth_tells_both_errors_and_the_control():
+    whole, block = {"float64": [2e-16, 9e-16]}, {"float64": [3e-16, 2e-16]}
+    alt = plots.errors_by_depth([2, 32], whole, block, [0.3, 2.0], "no norm").alt
+    assert "float64: whole network from 2e-16 to 9e-16, one block at most 3e-16" in alt
+    assert "Without edits at least 0.3" in alt
+    assert "one block at most 2e-16" in plots.errors_by_depth([2, 32], whole, {"float64": [2e-16] * 2}, [1, 1], "").alt

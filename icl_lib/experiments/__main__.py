@@ -1,4 +1,4 @@
-"""All figures of Innocenti and Achour at the paper's scale: ``python -m icl_lib.experiments --help``."""
+"""Run the experiments of Innocenti and Achour at the paper's scale: ``python -m icl_lib.experiments --help``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ PAPER, TRIAL = Path("_build/figures"), Path("_build/trial")
 
 def main(
     seeds: Annotated[int, typer.Option(help="runs of each setting", min=1)] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="a trial of 5 steps on 8 tasks, kept apart")] = False,
-    folder: Annotated[Path | None, typer.Option(help=f"one file a run; {PAPER}, or {TRIAL} for a trial")] = None,
-    summary: Annotated[Path | None, typer.Option(help="book/data/every_block.json, or beside a trial's runs")] = None,
-    workers: Annotated[int | None, typer.Option(help="local processes; one a core unless given", min=1)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a short trial in a folder of its own: 5 steps, 8 tasks")
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help=f"folder of the records; default {PAPER}, or {TRIAL} with --quick")
+    ] = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option(help="file of the summary; default book/data/every_block.json, or in the trial's folder"),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="local processes; default one for each core", min=1)] = None,
     dask: Annotated[str | None, typer.Option(help="address of a Dask scheduler, tcp://host:8786")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if this machine has one")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one")] = "auto",
 ) -> None:
     """Run every setting of the paper's figures for several seeds, and write the summary that the book reads.
 
-    A run that is stopped goes on where it was: start the same command again.
+    If it is stopped, start the same command again: it continues where it was.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,8 +1,9 @@
-r"""How the updates of different positions and blocks lie to each other, and what of it means anything.
+r"""How updates at different positions and in different blocks compare.
 
-The updates of one block share their right factor, so only $W(g_i - f)$ tells two positions apart. Between blocks the
-alignment compares hidden units by their number, and numbers can be changed without changing the network: see
-:func:`renumbered`. The paper's Figures A.1, A.2, A.7 and A.8 (Innocenti and Achour, arXiv 2512.11255).
+The updates of one block and one prompt share their right factor, so two positions differ only in $u_i = W(g_i - f)$.
+Across blocks the cosine is a product, $\cos(u^\ell, u^k) \cos(f^\ell, f^k)$. Its first factor pairs the hidden units
+of two MLPs by their index, and this index is arbitrary: see :func:`renumbered`. These are Figures A.1, A.2, A.7 and A.8
+of Innocenti and Achour (arXiv 2512.11255, version 1).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from icl_lib.validation import validated_by
 
 
 def within_block(updates: LowRank) -> Float[Tensor, "*batch positions positions"]:
-    r"""The alignment of every two positions' updates, $\cos(\Delta W_i, \Delta W_j)$ (Figure A.1).
+    r"""Return the alignment of every two positions' updates, $\cos(\Delta W_i, \Delta W_j)$ (Figure A.1).
 
     ``updates`` is ``[*batch, positions, out, in]``.
     """
@@ -30,16 +31,16 @@ def within_block(updates: LowRank) -> Float[Tensor, "*batch positions positions"
 
 
 def between_blocks(updates: Sequence[LowRank]) -> Float[Tensor, "*batch blocks blocks"]:
-    r"""The alignment of every two blocks' updates, $\cos(\Delta W^\ell, \Delta W^k)$ (Figure A.2).
+    r"""Return the alignment of every two blocks' updates, $\cos(\Delta W^\ell, \Delta W^k)$ (Figure A.2).
 
-    One update ``[*batch, out, in]`` for each block, such as those of the last position.
+    ``updates`` has one update ``[*batch, out, in]`` for each block, for example those of the last position.
     """
     left, right = (torch.stack([getattr(update, side) for update in updates], dim=-3) for side in ("left", "right"))
     return within_block(LowRank(left, right))
 
 
 def cosines(vectors: Float[Tensor, "*batch blocks width"]) -> Float[Tensor, "*batch blocks blocks"]:
-    """The cosine of every two vectors."""
+    """Return the cosine of every two vectors."""
     unit = vectors / vectors.norm(dim=-1, keepdim=True)
     return unit @ unit.mT
 
@@ -47,7 +48,7 @@ def cosines(vectors: Float[Tensor, "*batch blocks width"]) -> Float[Tensor, "*ba
 def likeness(
     first: Float[Tensor, "*batch positions positions"], second: Float[Tensor, "*batch positions positions"]
 ) -> Float[Tensor, "*batch"]:
-    """How alike two tables of alignments are: the correlation of what stands off their diagonals.
+    """Return the correlation of two tables of alignments, over the entries above their diagonals.
 
     >>> table = torch.tensor([[1.0, 0.2, -0.5], [0.2, 1.0, 0.9], [-0.5, 0.9, 1.0]])
     >>> round(float(likeness(table, table)), 4), round(float(likeness(table, -table)), 4)
@@ -63,18 +64,20 @@ def _check_renumbered(model: Any, block: Any, order: Any) -> None:
     if not isinstance(model, Transformer):
         raise ValueError(f"model is a {type(model).__name__}: give a Transformer.")
     if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < len(model.blocks):
-        raise ValueError(f"block is {block!r}: give a number from 0 to {len(model.blocks) - 1}.")
+        raise ValueError(f"block is {block!r}: give a whole number from 0 to {len(model.blocks) - 1}.")
     units = model.blocks[block].mlp[0].out_features
     if not isinstance(order, Tensor) or sorted(order.tolist()) != list(range(units)):
-        raise ValueError(f"order must name each of the {units} hidden units once: give torch.randperm({units}).")
+        raise ValueError(
+            f"order is not a permutation of the {units} hidden units: give a tensor such as torch.randperm({units})."
+        )
 
 
 @validated_by(_check_renumbered)
 def renumbered(model: Transformer, block: int, order: Tensor) -> Transformer:
-    """A copy of the model with the first hidden units of one block in another order: the same function.
+    """Return a copy of the model with the units of one block's first hidden layer in another order.
 
-    ``order`` ``[hidden]`` is a permutation; unit ``order[k]`` becomes number ``k``. Derived in
-    :func:`icl_lib.symbolic.hidden_permutation`.
+    The copy computes the same function. ``order`` ``[hidden]`` is a permutation: unit ``order[k]`` becomes unit ``k``.
+    Derived in :func:`icl_lib.symbolic.hidden_permutation`.
 
     >>> from icl_lib import TransformerConfig
     >>> model = Transformer(TransformerConfig(dim=3, blocks=2)).double()
@@ -83,9 +86,9 @@ def renumbered(model: Transformer, block: int, order: Tensor) -> Transformer:
     True
     """
     copied = copy.deepcopy(model)
-    reads, _, answers = copied.blocks[block].mlp[:3]
+    first, _, second = copied.blocks[block].mlp[:3]
     with torch.no_grad():
-        reads.weight.copy_(reads.weight[order])
-        reads.bias.copy_(reads.bias[order])
-        answers.weight.copy_(answers.weight[:, order])
+        first.weight.copy_(first.weight[order])
+        first.bias.copy_(first.bias[order])
+        second.weight.copy_(second.weight[:, order])
     return copied

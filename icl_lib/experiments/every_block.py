@@ -1,8 +1,11 @@
-r"""Every block and position of a transformer in training: the experiments of Innocenti and Achour (arXiv 2512.11255).
+r"""The identity in every block and at every position, during training: the experiments of Innocenti and Achour.
 
-At each step fresh test prompts are answered in several ways: by the model that reads them (*experiment*), by its last
-block, edited, on the stream of the query alone (*theory*, as in the paper), by the model with all its blocks edited on
-the bare query (*patched*), and, as controls, by both of the latter without their edits.
+The paper is arXiv 2512.11255, version 1. At each step the test loss is measured on fresh prompts, in several ways:
+
+- *experiment*: the model reads the whole prompts;
+- *theory*, as in the paper: its last block is edited and reads the query's stream alone;
+- *patched*: all blocks are edited, and the model reads the bare queries;
+- as controls, the last two without their edits.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from icl_lib.absorb import Observation, observe
 from icl_lib.anatomy import anatomy_of
 from icl_lib.experiments.alignment import cosines, likeness, within_block
 from icl_lib.low_rank import LowRank
+from icl_lib.measures import relative_error
 from icl_lib.patch import BlockPatch, Patch
 from icl_lib.regression import Diverged, Prompts, Trainer, TrainingSettings, mean_squared_error, sample_prompts
 from icl_lib.sweep import Checkpoint
@@ -36,21 +40,23 @@ COLUMNS = {
 
 BLOCK_COLUMNS = {
     "difference": "mean squared difference of the edited block's output from the block's with context, all positions",
-    "control": "the same without the edit",
+    "largest": "largest squared difference of a single entry of these outputs",
+    "control": "mean squared difference without the edit; control",
     "error": "largest relative error of the edited block over prompts and positions",
     "frobenius": "Frobenius norm of the last position's update, mean over prompts",
     "spectral": "its spectral norm",
     "second": "second singular value of the sum of all positions' updates over the first; largest over prompts",
     "likeness": "correlation of its table of alignments between positions with the first block's, mean over prompts",
     "unlike": "the same with the first block's table for another prompt; control",
-    "tokens": "the same with the table of the tokens themselves, cos(c_i − x, c_j − x), without any network; control",
-    "across": "size of the cosine of the last position's update with the first block's, mean over prompts",
-    "renumbered": "the same, averaged over numberings of the block's hidden units, which change nothing else; control",
+    "tokens": "the same with a table made from the prompt's tokens alone, cos(c_i − x, c_j − x); control",
+    "across": "absolute cosine of the last position's update and the first block's, mean over prompts",
+    "renumbered": "the same, averaged over random orders of the block's hidden units; control",
 }
 """What is measured once a step in each block."""
 
 ALIGNED_PROMPTS, ALIGNED_POSITIONS, NUMBERINGS = 16, 51, 20
-"""How many prompts, and positions at their end, the comparison of blocks takes: its tables are large."""
+"""Numbers of prompts, of positions at their end, and of random orders in the comparison of blocks. They bound the size
+of its tables."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class EveryBlockSettings:
     """One training run; the defaults are those of the paper's Figure 1.
 
     Attributes:
-        tasks: prompts in a step, each with a task of its own.
+        tasks: prompts in a step, each with its own task.
         length: tokens in a prompt, the query included.
         features: input features, $d_x$; a token has one more.
         blocks: number of blocks.
@@ -66,9 +72,9 @@ class EveryBlockSettings:
         norm: ``none``, or ``pre`` for layer norm before each sublayer (Figure A.3).
         steps: optimiser steps.
         learning_rate: Adam's, constant.
-        seed: of the initial weights and of all prompts.
+        seed: seed of the initial weights and of all prompts.
         dtype: ``float32``, as in the paper, or ``float64``.
-        device: where it runs.
+        device: the device of the model and the prompts.
     """
 
     tasks: int = 128
@@ -84,22 +90,22 @@ class EveryBlockSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        require_size("tasks", self.tasks, least=2)  # controls swap a prompt with another
-        require_size("length", self.length, least=4)  # a table of positions, and more than one pair of them
+        require_size("tasks", self.tasks, least=2)  # a control compares two different prompts
+        require_size("length", self.length, least=4)  # tables of positions with more than one pair
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is {self.dtype!r}: choose 'float32' or 'float64'.")
-        self.config, self.training  # noqa: B018 (they check the other settings)
+        self.config, self.training  # noqa: B018 (both check the other settings)
 
     @property
     def config(self) -> TransformerConfig:
-        """A causal model with skips, and MLPs of two hidden layers four times as wide as a token."""
+        """A causal model with skip connections; its MLPs have two hidden layers, four times as wide as a token."""
         return TransformerConfig(
             dim=self.features + 1, blocks=self.blocks, heads=self.heads, hidden_layers=2, norm=self.norm
         )
 
     @property
     def training(self) -> TrainingSettings:
-        """How it is trained."""
+        """The settings of the training run."""
         return TrainingSettings(
             steps=self.steps,
             batch=self.tasks,
@@ -116,7 +122,7 @@ class EveryBlockSettings:
         return Trainer(lambda: Transformer(self.config), self.training, getattr(torch, self.dtype), self.device)
 
     def test_prompts(self, step: int) -> Prompts:
-        """Fresh prompts for each step."""
+        """Return the test prompts of a step, which are new at each step."""
         generator = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 + step)
         dtype = getattr(torch, self.dtype)
         return sample_prompts(self.tasks, self.length - 1, self.features, generator, dtype, self.device)
@@ -125,46 +131,47 @@ class EveryBlockSettings:
 def measure_every_block(model: Transformer, prompts: Prompts) -> dict[str, Any]:
     """Compare theory and experiment in every block and at every position, on a batch of prompts.
 
-    Returns ``COLUMNS`` but for ``training`` as numbers, and ``BLOCK_COLUMNS`` as lists, one entry a block.
+    Returns ``COLUMNS`` except ``training`` as numbers, and ``BLOCK_COLUMNS`` as lists with one entry for each block.
     """
     anatomy = anatomy_of(model)
     columns: dict[str, Any] = {name: [] for name in BLOCK_COLUMNS}
-    answers: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     edited: list[BlockPatch] = []
 
     def compare(seen: Observation) -> None:
         edits, patched = seen.edits, seen.patched(anatomy)
         final, total = edits.weight[:, -1], edits.weight.sum(-3).dense()
         singular = torch.linalg.svdvals(total)
-        distance = (patched - seen.output).norm(dim=-1) / seen.output.norm(dim=-1)
-        columns["difference"].append((patched - seen.output).square().mean().item())
+        squared = (patched - seen.output).square()
+        columns["difference"].append(squared.mean().item())
+        columns["largest"].append(squared.max().item())
         columns["control"].append((seen.output_alone - seen.output).square().mean().item())
-        columns["error"].append(distance.max().item())
+        columns["error"].append(relative_error(patched, seen.output).max().item())
         columns["frobenius"].append(final.norm().mean().item())
         columns["spectral"].append(final.singular_values()[..., 0].mean().item())
         columns["second"].append((singular[:, 1] / singular[:, 0]).max().item())
-        answers.update(theory=model.unembed(patched[:, -1]), unedited=model.unembed(seen.output_alone[:, -1]))
+        outputs.update(theory=model.unembed(patched[:, -1]), unedited=model.unembed(seen.output_alone[:, -1]))
         edited.append(edits.at(slice(-ALIGNED_POSITIONS, None)))
 
     bare, context_length = prompts.sequence[:, -1:], prompts.sequence.shape[-2] - 1
-    answers["experiment"] = observe(model, prompts.sequence, context_length, "query", 0, compare)[:, -1]
+    outputs["experiment"] = observe(model, prompts.sequence, context_length, "query", 0, compare)[:, -1]
     query = Patch(
         tuple(edits.at(slice(-1, None)) for edits in edited), anatomy, "query", context_length, context_length
     )
     with torch.no_grad():
-        answers["bare"] = model(bare)[:, -1]
+        outputs["bare"] = model(bare)[:, -1]
         with query.applied(model):
-            answers["patched"] = model(bare)[:, -1]
+            outputs["patched"] = model(bare)[:, -1]
     tokens = prompts.sequence[:ALIGNED_PROMPTS, -ALIGNED_POSITIONS:]
     columns.update(_alignments([edits.weight[:ALIGNED_PROMPTS] for edits in edited], tokens))
-    losses = {name: mean_squared_error(answer, prompts).item() / 2 for name, answer in answers.items()}
+    losses = {name: mean_squared_error(output, prompts).item() / 2 for name, output in outputs.items()}
     return {**losses, **columns}
 
 
 def _alignments(updates: list[LowRank], tokens: Tensor) -> dict[str, list[float]]:
-    """The columns that compare blocks, from their updates ``[prompts, positions, out, in]``."""
+    """Return the columns that compare blocks, from their updates ``[prompts, positions, out, in]``."""
     tables = [within_block(update) for update in updates]
-    # The query's own difference from itself is zero and has no direction; the tables are compared without it.
+    # The query's difference from itself is zero and has no direction, so the tables are compared without it.
     of_tokens = cosines((tokens - tokens[:, -1:])[:, :-1])
     final = [update[:, -1] for update in updates]
     generator = torch.Generator().manual_seed(0)
@@ -185,11 +192,11 @@ def run_every_block(
     """Train a model and compare theory and experiment at every step, before that step is taken.
 
     Args:
-        checkpoint: where to keep the state of a run that may be stopped; it goes on from there, bit for bit.
+        checkpoint: the file for the state of an unfinished run; a stopped run continues from it, bit for bit.
         every: steps between two checkpoints.
 
-    Returns one list for each of ``COLUMNS`` and ``BLOCK_COLUMNS``, with an entry a step; None from where training
-    diverged, as it does now and then at the paper's learning rate.
+    Returns one list for each of ``COLUMNS`` and ``BLOCK_COLUMNS``, with one entry for each step. If training diverges,
+    the entries from that step on are None.
 
     >>> result = run_every_block(EveryBlockSettings(tasks=4, length=6, steps=2))
     >>> len(result["theory"]), len(result["difference"]), len(result["difference"][0])
@@ -203,7 +210,7 @@ def run_every_block(
         records = state["records"]
     while trainer.step < settings.steps:
         try:
-            trainer.loss()  # before the identity is measured: there is none between numbers that are not finite
+            trainer.loss()  # raises before the measurement, which needs finite numbers
             record = measure_every_block(trainer.model, settings.test_prompts(trainer.step))
             record["training"] = trainer.advance() / 2
         except Diverged:

@@ -1,7 +1,7 @@
 r"""All runs behind the figures of Innocenti and Achour, over several seeds, and their summary for the book.
 
-A run is kept as soon as it is done, so a stopped sweep goes on where it was; see :mod:`icl_lib.sweep`. The summary is
-small: medians and quartiles over seeds, with the settings and versions that made them.
+Each run is saved when it is done, so a stopped sweep continues where it was; see :mod:`icl_lib.sweep`. The summary
+holds medians and quartiles over seeds, with the settings and the versions of the software.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ VARIED: dict[str, tuple[Any, ...]] = {
     "length": (51, 101, 1001),
     "features": (2, 5, 8),
 }
-"""What the figures vary, one at a time: Figure A.3 the norm, A.4 the tasks, A.5 the length, A.6 the dimension."""
+"""What the figures vary, one setting at a time: the norm (Figure A.3), tasks (A.4), length (A.5), dimension (A.6)."""
 
 ALL = (*COLUMNS, *BLOCK_COLUMNS)
 
 BLOCKS_EVERY = 10
-"""Steps between two entries of what the summary keeps for each block."""
+"""Steps between two entries of a block's columns in the summary."""
 
 
 def paper_settings(
     base: EveryBlockSettings | None = None, seeds: int = 5, varied: dict[str, Sequence[Any]] | None = None
 ) -> list[EveryBlockSettings]:
-    """The settings of all runs, each once: ``base``, and with one of them varied, for every seed.
+    """Return the settings of all runs: for every seed, ``base`` and ``base`` with one setting changed.
 
     >>> len(paper_settings(seeds=1))
     10
@@ -44,18 +44,21 @@ def paper_settings(
     require_size("seeds", seeds)
     base = base or EveryBlockSettings()
     changed = [replace(base, **{name: value}) for name, values in (varied or VARIED).items() for value in values]
-    # Short runs first: most of the figures are there early.
+    # Short runs first, so that most of the figures are done early.
     distinct = sorted(dict.fromkeys([base, *changed]), key=lambda one: one.tasks * one.length**2)
     return [replace(one, seed=base.seed + seed) for one in distinct for seed in range(seeds)]
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Median and quartiles over the seeds of each setting, step by step: a seed that diverges must not hide the others.
+    """Return medians and quartiles over the seeds of each setting, step by step.
 
-    Returns one dict for each setting, without its seed: ``settings``, ``seeds``, ``diverged`` (the seeds that did),
-    ``agreement`` (the largest relative difference of the theory and experiment losses over steps and seeds), ``worst``
-    (the largest ``error`` and ``second`` of all), and for each column its ``steps``, and over them ``median``, ``low``
-    and ``high`` (the quartiles), with an inner list over blocks; None where training had diverged.
+    Unlike a mean, they stay finite if one seed diverges. The result is one dict for each setting (without its seed):
+
+    - ``settings``, ``seeds``, and ``diverged``, the seeds whose training diverged;
+    - ``agreement``, the largest relative difference of the theory and experiment losses over steps and seeds;
+    - ``worst``, the largest ``error`` and ``second`` over steps, seeds and blocks;
+    - for each column its ``steps`` and, at these steps, ``median``, ``low`` and ``high`` (the quartiles), with an inner
+      list over blocks; None where it is infinite because of divergence.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
@@ -72,7 +75,7 @@ def _summary(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[st
         quartiles = np.quantile(values[name][:, steps], (0.25, 0.5, 0.75), axis=0, method="nearest")
         low, median, high = (_rounded(quartile) for quartile in quartiles)
         columns[name] = {"steps": steps.tolist(), "median": median, "low": low, "high": high}
-    with np.errstate(invalid="ignore"):  # ∞ − ∞ where a run diverged, which nanmax leaves out
+    with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN where a run diverged, and nanmax leaves it out
         agreement = np.nanmax(np.abs(values["theory"] - values["experiment"]) / values["experiment"])
     return {
         "settings": settings,
@@ -85,13 +88,13 @@ def _summary(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[st
 
 
 def _filled(column: list[Any]) -> np.ndarray:
-    """Steps after a divergence count as infinite: larger than what any other seed has there."""
+    """Return the column with the steps after a divergence as infinity, so that they rank above all other seeds."""
     like = np.full_like(np.array(column[0], dtype=float), np.inf)
     return np.array([like if entry is None else entry for entry in column])
 
 
 def _rounded(values: Any) -> Any:
-    """Four digits, which is more than a figure shows, and None for a number that is not there."""
+    """Round to four digits, more than a figure shows; None replaces numbers that are not finite."""
     if values.ndim:
         return [_rounded(value) for value in values]
     return float(f"{values:.4g}") if np.isfinite(values) else None
@@ -105,11 +108,11 @@ def write_figures(
     dask: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run all settings that are not in ``folder`` yet, and write their summary as JSON.
+    """Run all settings that have no record in ``folder`` yet, and write the summary of all as JSON.
 
     Args:
-        folder: one file for each run.
-        summary: the file for the book.
+        folder: the folder of the records, one file for each run.
+        summary: the file that the book reads.
         settings, workers, dask, progress: as for :func:`icl_lib.sweep.sweep`.
     """
     records = sweep(run_every_block, settings, folder, workers=workers, dask=dask, progress=progress)

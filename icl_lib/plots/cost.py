@@ -1,4 +1,4 @@
-"""Pictures of what computations cost: how time grows with the width, the context and the depth."""
+"""Figures of cost: how time grows with the width, the context length and the depth."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SERIES = (("verify", "verification", "o", COLOURS["blue"]), ("forward", "forward
 
 
 def scaling(rows: Sequence[Mapping[str, Any]]) -> Row:
-    """Time over size on logarithmic axes, one picture for each row: measured, and as the operations grow.
+    """Draw time over size on logarithmic axes, one figure for each row, with lines as the operations grow.
 
-    A row has an ``axis`` and its ``size``, and for ``verify`` and ``forward`` the ``seconds`` (quartiles, with the
-    median in the middle), the ``operations``, and the exponents ``fitted``, its ``standard error``, and ``predicted``.
-    The line of the operations is drawn through the median at the largest size: its slope is the prediction, not its
-    height.
+    A row has an ``axis`` and its ``size``. For ``verify`` and ``forward`` it has the ``seconds`` (lower quartile,
+    median, upper quartile), the ``operations``, and the exponents ``fitted``, its ``standard error``, and
+    ``predicted``. The line of the operations passes through the median at the largest size, so only its slope is a
+    prediction.
     """
     return Row(*(_growth(row) for row in rows))
 

@@ -1,4 +1,4 @@
-"""Pictures of every position and every block: the figures of Innocenti and Achour, and what stands beside them."""
+"""Figures about every position and every block: those of Innocenti and Achour, and their controls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _colour(number: int) -> str:
 
 
 def losses(measured: Mapping[str, Sequence[float]]) -> Figure:
-    """Test loss over training, in experiment and by the theory, beside its controls without edits.
+    """Draw the test loss over training of experiment and theory, with the controls without edits.
 
     ``measured`` is what :func:`icl_lib.experiments.run_every_block` returns.
     """
@@ -33,15 +33,17 @@ def losses(measured: Mapping[str, Sequence[float]]) -> Figure:
     return Figure(
         fig,
         f"Test loss over {len(step)} training steps. The experiment's curve goes from {experiment[0]:.2g} to "
-        f"{experiment[-1]:.2g}, and the theory's lies on it. Unedited, the last block ends at {unedited[-1]:.2g}; "
-        f"the whole network on the bare query, at {bare[-1]:.2g}.",
+        f"{experiment[-1]:.2g}, and the theory's lies on it. Without edits the last block ends at {unedited[-1]:.2g}, "
+        f"and the whole network on the bare query at {bare[-1]:.2g}.",
     )
 
 
 def differences(
     step: Sequence[int], difference: Sequence[Sequence[float]], control: Sequence[Sequence[float]]
 ) -> Figure:
-    """Mean squared difference of each edited block from the block with context, and of the unedited one, over training.
+    """Draw the mean squared difference of each edited block from the block with context, over training.
+
+    The control is the block without its edit.
 
     ``difference`` and ``control`` are ``[steps][blocks]``.
     """
@@ -60,7 +62,7 @@ def differences(
 
 
 def norms(step: Sequence[int], frobenius: Sequence[Sequence[float]]) -> Figure:
-    """Size of the last position's update over training, block by block; ``frobenius`` is ``[steps][blocks]``."""
+    """Draw the norm of the last position's update over training; ``frobenius`` is ``[steps][blocks]``."""
     with figure(width=4.6, height=3.2) as (fig, ax):
         for block, values in enumerate(np.transpose(frobenius)):
             ax.plot(step, values, color=_colour(block), label=f"block {block + 1}")
@@ -71,7 +73,7 @@ def norms(step: Sequence[int], frobenius: Sequence[Sequence[float]]) -> Figure:
 
 
 def alignments(table: Any, title: str, of: str) -> Figure:
-    """A table of cosines as a heat map, from −1 to 1; small ones with their numbers. ``of`` names what is compared."""
+    """Draw a table of cosines as a heat map from −1 to 1, a small one with its numbers; ``of`` labels the axes."""
     table = np.asarray(table)
     small = len(table) <= 8
     with figure(width=3.4, height=3.1) as (fig, ax):
@@ -91,28 +93,28 @@ def alignments(table: Any, title: str, of: str) -> Figure:
     off = table[~np.eye(len(table), dtype=bool)]
     return Figure(
         fig,
-        f"{title}: heat map of {len(table)} by {len(table)} cosines; off the diagonal they go from {off.min():.2f} to "
-        f"{off.max():.2f}.",
+        f"{title}: heat map of {len(table)} by {len(table)} cosines. Off the diagonal they lie between {off.min():.2f} "
+        f"and {off.max():.2f}.",
     )
 
 
 def renumberings(values: Sequence[float], measured: float) -> Figure:
-    """The alignment of two blocks under many numberings of the hidden units, and under the one that training left."""
+    """Draw the alignment of two blocks under many orders of the hidden units, and in the model as trained."""
     with figure(width=4.6, height=2.9) as (fig, ax):
         ax.hist(values, bins=30, color=COLOURS["grey"], alpha=0.7)
         ax.axvline(measured, color=COLOURS["vermillion"], linewidth=3)
         ax.annotate("as trained", (measured, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
-        ax.set(xlabel="alignment of the two blocks’ updates", ylabel="renumberings")
+        ax.set(xlabel="alignment of the two blocks’ updates", ylabel="number of orders")
     below = np.mean(np.asarray(values) < measured)
     return Figure(
         fig,
-        f"Histogram of the alignment over {len(values)} renumberings of the hidden units, from {min(values):.2f} to "
-        f"{max(values):.2f}. As trained it is {measured:.2f}, larger than {below:.0%} of them.",
+        f"Histogram of the alignment over {len(values)} orders of the hidden units, from {min(values):.2f} to "
+        f"{max(values):.2f}. As trained it is {measured:.2f}, larger than in {below:.0%} of them.",
     )
 
 
 def errors_by_block(errors: Mapping[str, Sequence[float]], control: Sequence[float], title: str) -> Figure:
-    """The largest error of each block in several precisions, and without the edits."""
+    """Draw the largest error of each block in several precisions, with the control without edits."""
     with figure(width=4.6, height=3.5) as (fig, ax):
         blocks = range(1, len(control) + 1)
         ax.plot(blocks, control, "--o", color=COLOURS["grey"], markersize=4, label="no edit")
@@ -125,8 +127,42 @@ def errors_by_block(errors: Mapping[str, Sequence[float]], control: Sequence[flo
     return Figure(fig, f"{title}. Relative error by block: {said}; without the edits at least {min(control):.0e}.")
 
 
+def errors_by_depth(
+    depths: Sequence[int],
+    whole: Mapping[str, Sequence[float]],
+    block: Mapping[str, Sequence[float]],
+    control: Sequence[float],
+    title: str,
+) -> Figure:
+    """Draw the error of the whole network and the largest error of a single block over the number of blocks.
+
+    ``whole`` and ``block`` have one list for each precision, with an entry for each depth. ``control`` is the error of
+    the whole network without edits.
+    """
+    with figure(width=3.4, height=3.9) as (fig, ax):
+        ax.plot(depths, control, "--", color=COLOURS["grey"], label="network, no edit")
+        for number, name in enumerate(whole):
+            ax.plot(depths, whole[name], "-o", color=_colour(number), markersize=4, label=f"network, {name}")
+            ax.plot(depths, block[name], ":s", color=_colour(number), markersize=3, label=f"one block, {name}")
+        ax.set(title=title, xlabel="number of blocks", ylabel="relative error", xscale="log", yscale="log")
+        ax.set_ylim(1e-17, 10)
+        ax.set_xticks(depths, [str(depth) for depth in depths])
+        ax.minorticks_off()
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", labelspacing=0.2)
+    said = "; ".join(
+        f"{name}: whole network from {whole[name][0]:.0e} to {whole[name][-1]:.0e}, one block at most "
+        f"{max(block[name]):.0e}"
+        for name in whole
+    )
+    return Figure(
+        fig,
+        f"{title}. Relative error for {depths[0]} to {depths[-1]} blocks. {said}. Without edits at least "
+        f"{min(control):.1g}.",
+    )
+
+
 def varied(runs: Sequence[Mapping[str, Any]], name: str, label: str) -> Figure:
-    """Test loss over training for several values of one setting: the median over seeds, shaded between quartiles.
+    """Draw the test loss over training for several values of one setting: medians and quartiles over seeds.
 
     ``runs`` come from :func:`icl_lib.experiments.summarise`.
     """
