@@ -1,4 +1,4 @@
-"""What the project says of itself: the README, the pins, the direction of imports."""
+"""The README, the API page, the pinned packages and the direction of imports."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ from icl_lib.figures import PLANE_EXAMPLE, rank_one_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-# Data flows down this list: a module imports only what stands above it.
+# A module imports only modules that come before it in this list.
 LAYERS = [
     "validation environment measures sweep low_rank theorem outer running_average contextual structure edits block "
     "transformer anatomy report patch language.architectures language.shadow language.places language.watch "
@@ -31,17 +31,18 @@ LAYERS = [
 
 def pins(file):
     found = re.findall(r"^([\w.-]+)==([\w.]+?)(?:\+cpu)?(?:;.*)?$", (ROOT / file).read_text(), re.MULTILINE)
-    return dict(reversed(found))  # where there are several, the first is for the newer Pythons, Binder's among them
+    return dict(reversed(found))  # of several pins, the first is for newer Pythons, and Binder has one of those
 
 
-def test_the_readme_examples_run():
-    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 4
-    exec(compile("\n".join(examples), "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("book/api.md", 1)])
+def test_the_examples_run_in_order(page, count):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(examples) == count
+    exec(compile("\n".join(examples), page, "exec"), {})
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
-def test_the_paths_and_commands_named_exist(page):
+def test_the_paths_and_targets_that_a_page_names_exist(page):
     text = (ROOT / page).read_text()
     for path in re.findall(r"(?<=\]\()(?!https?:)[^)]+", text) + re.findall(
         r"`((?:book|icl_lib|tests|\.binder)/[^`]*)`", text
@@ -74,6 +75,27 @@ def test_imports_go_one_way(layers):
         imports = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         used = {module.removeprefix("icl_lib.") for module in imports if module.startswith("icl_lib.")}
         assert used <= set(order[:at]), f"{name} imports {used - set(order[:at])}"
+
+
+def readme_rows():
+    """The modules of icl_lib that each row of the README's table names, in its order."""
+    rows = re.findall(r"^\| (`(?:icl_lib|book|tests)/.*?) \|", README, re.MULTILINE)
+    names = [re.findall(r"`(?:icl_lib/)?([\w/.]+)`", row) for row in rows if row.startswith("`icl_lib")]
+    return [[name.removesuffix(".py").rstrip("/") for name in row] for row in names]
+
+
+def test_the_readme_table_lists_every_module_in_the_order_of_imports():
+    rows = readme_rows()
+    listed = [name for row in rows for name in row]
+    package = ROOT / "icl_lib"
+    found = {path.stem for path in package.iterdir() if not path.name.startswith("__")}
+    assert sorted(listed) == sorted(found)
+    for at, row in enumerate(rows):
+        known = {name for earlier in rows[: at + 1] for name in earlier}
+        for name in row:
+            for path in sorted((package / name).rglob("*.py")) or [package / f"{name}.py"] * (name != "static"):
+                used = set(re.findall(r"^\s*(?:from|import) icl_lib\.(\w+)", path.read_text(), re.MULTILINE))
+                assert used <= known, f"{path.name} imports {used - known}, which the README lists below {name}"
 
 
 def test_every_module_has_its_place():
