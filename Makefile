@@ -1,9 +1,9 @@
-# make book and make test do all the set-up themselves; see make help.
+# make book and make test install everything they need; see make help.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Threads that wait in a busy loop make small models ten times slower where something else runs beside them.
+# Threads that wait in a busy loop make small models ten times slower if other programs run at the same time.
 export OMP_WAIT_POLICY := passive
 
 BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
@@ -22,17 +22,17 @@ test: book lint ## build the book, then run all tests, those in a real browser i
 	$(BIN)/python tests/chromium.py
 	$(BIN)/pytest
 
-figures: $(INSTALLED) ## run the papers' figures at full scale, an hour or more; options: make figures ARGS=--help
+figures: $(INSTALLED) ## run the papers' experiments at full scale, an hour or more; options: make figures ARGS=--help
 	$(BIN)/python -m icl_lib.experiments $(ARGS)
 
 gpt: $(INSTALLED) ## train the book's small language model, half an hour on one core; options: make gpt ARGS=--help
 	$(BIN)/python -m icl_lib.hidden_rule $(ARGS)
 
-# Memory that is freed and used again stays with the process: asking the system for it each time is slow, and how slow
-# depends on what else runs.
+# The process keeps memory that it frees and uses again. Otherwise it would ask the system for it each time, which takes
+# long, and how long depends on the other programs that run.
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824
 
-bench: $(INSTALLED) ## measure time and memory, and renew the numbers of the Cost page
+bench: $(INSTALLED) ## measure time and memory, and write the numbers of the Cost page
 	$(KEEP_MEMORY) $(BIN)/pytest tests/benchmarks -q -o addopts= -o python_files="bench_*.py" -o python_functions="bench_*" \
 		--benchmark-columns=min,median,iqr,rounds
 
@@ -44,7 +44,7 @@ format: $(INSTALLED) ## put the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-picture: $(INSTALLED) ## draw the README's picture anew
+picture: $(INSTALLED) ## draw the README's picture
 	$(BIN)/python -c "from icl_lib.figures import *; rank_one_picture(**PLANE_EXAMPLE).save('book/_static/rank-one.svg')"
 
 clean: ## remove the built book, keep the environment

@@ -1,4 +1,4 @@
-"""What `make bench` measures with: memory to the byte, operations to the count, and a dense version that agrees."""
+"""The tools of `make bench`: peak memory in bytes, counted operations, and a dense version of the verification."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_peak_memory_by_hand():
     assert peak_memory(lambda: (x + x) * x) == 2 * unit
     assert peak_memory(lambda: x.mT @ x) == 250 * 250 * 4
     kept = [x + 1]
-    assert peak_memory(kept.clear) == 0  # what was there before does not count, nor does releasing it
+    assert peak_memory(kept.clear) == 0  # memory from before does not count, nor does its release
 
     def one_after_the_other():
         for _ in range(10):
@@ -34,9 +34,10 @@ def test_peak_memory_by_hand():
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_peak_memory_of_a_forward_pass(blocks):
-    """At the MLP's second layer: the block's stream and that after attention, its norm, two layers four times as wide.
+    """The peak is at the MLP's second layer.
 
-    The first block's stream is the model's input, which was there before.
+    Then the block's input, the residual stream after attention, its norm and two layers of four times the width are in
+    memory. The input of the first block does not count: it is the model's input, and existed before.
     """
     batch, tokens, width = 4, 64, 32
     model, inputs = a_model(width, blocks), torch.randn(batch, tokens, width)
@@ -56,12 +57,12 @@ def test_dense_and_low_rank_agree():
         torch.testing.assert_close(patched, output, rtol=1e-12, atol=1e-12)
         with edits.applied(block, patch.anatomy):
             torch.testing.assert_close(patched, block(stream[:, -1:]), rtol=1e-12, atol=1e-12)
-        assert (block(stream[:, -1:]) - output).norm() > 1e-2 * output.norm()  # the edit is what does it
+        assert (block(stream[:, -1:]) - output).norm() > 1e-2 * output.norm()  # negative control: without the edit
         stream = output
     assert report.holds
 
 
-def test_dense_matrices_are_what_the_dense_version_holds():
+def test_the_dense_version_needs_little_more_than_its_matrices():
     batch, tokens, width = 2, 33, 64
     model, inputs = a_model(width), torch.randn(batch, tokens, width)
     matrices = dense_bytes(batch, tokens, width)
@@ -78,7 +79,7 @@ def test_operations():
             verify(model, inputs, tokens - 1)
     count = operations(batch, tokens, width, blocks, causal=False)
     assert forward.get_total_flops() == count["forward"]
-    # Single tokens may be read a few times more or less than in the formula.
+    # The formula may be off by a few reads of a single token.
     assert verification.get_total_flops() == pytest.approx(count["verify"], rel=0.02)
     causal = operations(batch, tokens, width, blocks)
     unseen = 2 * batch * blocks * 2 * width * tokens * (tokens - 1) // 2

@@ -1,4 +1,4 @@
-"""Where the tests get their browser from: one that is there, one that can be installed, or a word on how to get one."""
+"""The browser of the tests: one that is installed already, one that can be installed, or a message on how to get it."""
 
 import chromium
 import pytest
@@ -21,7 +21,7 @@ def machine(monkeypatch):
     return state
 
 
-def test_a_browser_that_is_there_is_used(machine, monkeypatch, capsys):
+def test_a_browser_that_is_installed_is_used(machine, monkeypatch, capsys):
     monkeypatch.setattr(chromium, "found", lambda: "/there")
     chromium.main()
     assert machine["ran"] == []
@@ -30,11 +30,11 @@ def test_a_browser_that_is_there_is_used(machine, monkeypatch, capsys):
 
 def test_ways_to_install_are_tried_in_turn(machine, capsys):
     chromium.main()
-    assert machine["ran"] == [["first", "update"], ["second"]]  # a way is left at its first failure
+    assert machine["ran"] == [["first", "update"], ["second"]]  # the first way stops at its first failure
     assert "/there" in capsys.readouterr().out
 
 
-def test_where_none_can_be_had_it_fails_and_says_how(machine):
+def test_it_exits_with_instructions_if_no_way_works(machine):
     machine["works"] = False
     with pytest.raises(SystemExit) as stop:
         chromium.main()

@@ -1,4 +1,4 @@
-"""The widgets in a real JupyterLab, with a kernel: a chapter as a reader who launches it would use it."""
+"""The widgets in a real JupyterLab with a kernel: a chapter as it runs for a reader who opens it there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from conftest import ROOT
 from playwright.sync_api import Browser, expect
 
 TOKEN = "only-on-loopback"
-START = 60  # seconds that a server, and then a kernel, may take on a busy machine
+START = 60  # seconds allowed for the server to start, and again for the kernel, on a busy machine
 CELLS = [
     "import ipywidgets\nfrom icl_lib.widgets import Playground, explore\nfrom icl_lib.figures import Figure, figure",
     "playground = Playground()\nplayground",
@@ -37,7 +37,7 @@ explore(draw, power=range(1, 6), dashed=[False, True])""",
 
 
 def chapter() -> str:
-    """A small chapter in the book's format, MyST markdown."""
+    """Return a small chapter in the format of the book, MyST Markdown."""
     head = (ROOT / "book" / "index.md").read_text(encoding="utf-8").split("---\n")[1]
     cells = "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in CELLS)
     return f"---\n{head}---\n\n# A chapter\n{cells}"
@@ -45,7 +45,7 @@ def chapter() -> str:
 
 @contextlib.contextmanager
 def jupyterlab(folder: Path) -> Iterator[str]:
-    """A JupyterLab on loopback that knows nothing of the user's settings; gives its address."""
+    """Start a JupyterLab on the loopback address without the user's settings, and yield its address."""
     home = folder / "jupyter"
     places = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -72,7 +72,7 @@ def jupyterlab(folder: Path) -> Iterator[str]:
 
 
 def test_a_chapter_in_jupyterlab(browser: Browser, tmp_path: Path):
-    """The chapter opens as a notebook; what the reader moves, Python sees, and what Python draws, the reader."""
+    """The chapter opens as a notebook, Python receives what the reader moves, and the reader sees what Python draws."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "chapter.md").write_text(chapter(), encoding="utf-8")
     with jupyterlab(tmp_path) as address, visiting(browser, address) as visit:
