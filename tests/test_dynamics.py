@@ -25,7 +25,7 @@ DIM = 12
 
 
 class Shifting(SoftmaxAttention):
-    """Attention whose query has a position, which moves when a token is appended."""
+    """Attention whose query has a position that shifts when a token is appended."""
 
     def forward(self, context, query):
         return super().forward(context, query + torch.sin(torch.arange(self.dim) + context.shape[-2]))
@@ -39,7 +39,7 @@ class LastThree(SoftmaxAttention):
 
 
 class Recency(nn.Module):
-    """A layer with neither `average` nor `prefixes`; it is an average, and could say so."""
+    """An average that has neither a method `average` nor `prefixes`."""
 
     def forward(self, context, query):
         decay = 0.5 ** torch.arange(context.shape[-2], -1, -1, dtype=query.dtype)
@@ -81,8 +81,8 @@ def draw(n, batch=()):
 
 
 def close(actual, expected, scale=None):
-    """Equal up to rounding, relative to the largest entry or to ``scale``: entries near zero are differences of large
-    numbers."""
+    """Require equality up to rounding, relative to the largest entry or to ``scale``: small entries are differences of
+    large numbers."""
     actual, expected = actual.detach(), expected.detach()
     scale = expected.abs().max() if scale is None else torch.as_tensor(scale).detach()
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * float(scale))
@@ -106,7 +106,7 @@ def test_the_trajectory_is_the_theorem_for_every_prefix(name, n):
     for i, (before, after) in enumerate(itertools.pairwise(weights)):
         close(path.increments[i].dense(), after - before, scale=weights[0].abs().max())
         close(path.marginal_norms[i], (after - before).norm(), scale=weights[0].norm())
-    # Editing the weights and running the block on the bare query gives what it gives for each prefix.
+    # With edited weights, the block on the bare query outputs what it outputs for each prefix.
     answered = answers(block, path.updates, query)
     for i in range(n + 1):
         close(answered[i], block(context[:i], query))
@@ -123,8 +123,8 @@ def test_with_a_skip_connection_the_bias_moves_too(name):
         close(answered[i], block(context[:i], query))
         edited = ImplicitUpdate(eaten.after(i), eaten.bias_after(i)).apply(block)
         close(edited(context[i:], query), block(context, query))
-    assert not torch.allclose(without[8], answered[8], rtol=1e-3)  # negative control: the weights alone do not do it
-    with pytest.raises(ValueError, match="bias is given and the block has no skip connection"):
+    assert not torch.allclose(without[8], answered[8], rtol=1e-3)  # negative control: the weight update alone
+    with pytest.raises(ValueError, match="bias is given, but the block has no skip connection"):
         answers(block_of(MeanPooling()), path.updates, query, path.bias_updates)
 
 
@@ -162,7 +162,7 @@ def test_batches_and_skips():
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("name", [*AVERAGES, *OTHERS])
 def test_each_step_is_a_gradient_step_on_a_linear_loss(name, n):
-    """Dherin et al., Proposition 3.1, for every contextual layer; the gradient is autograd's."""
+    """Dherin et al., version 1, Proposition 3.1, for every contextual layer; the gradient is autograd's."""
     block, (context, query) = block_of({**AVERAGES, **OTHERS}[name]()), draw(n)
     path = trajectory(block, context, query)
     weights, read = dense_weights(block, context, query), [block.read(context[:i], query) for i in range(n + 1)]
@@ -171,7 +171,7 @@ def test_each_step_is_a_gradient_step_on_a_linear_loss(name, n):
         delta = torch.outer(weights[0] @ (read[i - 1] - read[i]), read[0])
         close(path.linear_gradients[i - 1].dense(), delta, scale=(weights[0] @ read[0]).norm() * read[0].norm())
         at = weights[i - 1].clone().requires_grad_()
-        loss = (delta * at).sum()  # tr(Δᵀ W')
+        loss = (delta * at).sum()  # tr(Δᵀ U)
         (gradient,) = torch.autograd.grad(loss, at)
         close(weights[i - 1] - path.step_size * gradient, weights[i])
         assert not torch.allclose(weights[i - 1] + path.step_size * gradient, weights[i], rtol=1e-6)  # uphill
@@ -186,7 +186,7 @@ def test_each_step_is_a_gradient_step_on_a_linear_loss(name, n):
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("name", AVERAGES)
 def test_each_step_is_normalised_lms_on_a_quadratic_loss(name, n):
-    """The targets and rates as the library states them; the gradient is autograd's, at the weights on their way."""
+    """The targets and rates are the library's, the gradient is autograd's, at the weights before each step."""
     block, (context, query) = block_of(AVERAGES[name]()), draw(n)
     path = trajectory(block, context, query)
     reading = normalised_lms(path)
@@ -242,8 +242,8 @@ def test_where_normalised_lms_does_not_apply_it_says_so_and_the_identity_fails(n
     path = trajectory(block, context, query)
     with pytest.raises(ValueError, match="not normalised LMS: the contextual layer, a "):
         normalised_lms(path)
-    # A target W v and a rate for token i would have to be there whatever the context before it: take the value from one
-    # context, and it does not serve another.
+    # The target W v and the rate of token i must not depend on the earlier context: a value taken from one context does
+    # not fit another.
     weight, start = path.weight, path.activations[0]
 
     def value(context):
@@ -277,9 +277,9 @@ def test_the_same_check_passes_for_an_average():
 
 def test_the_reason_is_named():
     for layer, reason in (
-        (Shifting(DIM), "after 0 tokens the two differ. Do positions shift when a token is"),
-        (Shuffled(), "after 4 tokens the two differ"),
-        (Recency(), "it has no `average`"),
+        (Shifting(DIM), "describes, after 0 tokens. Do positions shift when a token is"),
+        (Shuffled(), "describes, after 4 tokens"),
+        (Recency(), "a Recency, has no method `average`"),
     ):
         with pytest.raises(ValueError, match=reason):
             normalised_lms(trajectory(block_of(layer), *draw(8)))
@@ -288,7 +288,7 @@ def test_the_reason_is_named():
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("name", [*AVERAGES, *OTHERS])
 def test_eating_from_the_left_keeps_the_answer(name, n):
-    """Dherin et al., Appendix B; the oracle is the theorem's step, taken again and again with dense matrices."""
+    """Dherin et al., version 1, appendix B; the oracle takes the theorem's step repeatedly, with dense matrices."""
     block, (context, query) = block_of({**AVERAGES, **OTHERS}[name]()), draw(n)
     eaten = eaten_from_left(block, context, query)
     weight = block.first_linear.weight.detach()
@@ -301,11 +301,11 @@ def test_eating_from_the_left_keeps_the_answer(name, n):
             edited.first_linear.weight.copy_(weight + eaten.after(i).dense())
         close(edited(context[i:], query), wanted)
         if i < n:
-            if name in AVERAGES:  # the others forget or drop their oldest tokens, so that these may not matter
+            if name in AVERAGES:  # the others forget or drop their oldest tokens
                 assert not torch.allclose(edited(context[i + 1 :], query), wanted, rtol=1e-6)
             with torch.no_grad():
-                s, r = block.read(context[i:], query), block.read(context[i + 1 :], query)
-            step = torch.outer(dense @ (s - r), r) / r.square().sum()
+                before, r = block.read(context[i:], query), block.read(context[i + 1 :], query)
+            step = torch.outer(dense @ (before - r), r) / r.square().sum()
             close(eaten.marginal_norms[i], step.norm(), scale=dense.norm())
             dense = dense + step
 
@@ -385,7 +385,7 @@ def test_task_gradients_are_autograds():
 
 
 def test_a_step_along_the_gradient_has_cosine_one():
-    """The positive control: mean pooling towards the answer, under the loss that asks for it."""
+    """Positive control: mean pooling, with a loss whose minimum is the image of the token."""
     block = ContextualBlock(MeanPooling(), nn.Linear(DIM, 30, bias=False)).double()
     context, query = draw(5)
     path = trajectory(block, context, query)

@@ -1,16 +1,16 @@
-r"""Eating a prompt from the left: weights that take in the first token, then the second, and lose it from the prompt.
+r"""A prompt eaten from the left: the first token is removed from the prompt and an edit replaces it, then the second.
 
-With $s_i = A(c_{i+1} \dots c_n, x)$, what is read once $i$ tokens are gone,
+With $r_i = A(c_{i+1} \dots c_n, x)$, which the MLP reads once $i$ tokens are removed,
 
-$$P_0 = W, \qquad P_{i+1} = P_i + \frac{P_i (s_i - s_{i+1})\, s_{i+1}^\top}{\lVert s_{i+1} \rVert^2}, \qquad
-  P_i\, s_i = W A(C, x) .$$
+$$P_0 = W, \qquad P_i = P_{i-1} + \frac{P_{i-1} (r_{i-1} - r_i)\, r_i^\top}{\lVert r_i \rVert^2}, \qquad
+  P_i\, r_i = W A(C, x) .$$
 
-After each token the block with the weights $P_i$, reading what is left of the prompt, answers as it answered to all of
-it. The rank of $P_i - W$ grows by one with each token, up to the size of $W$, while :func:`icl_lib.dynamics.trajectory`
-stays at rank one: another path between the same answers. With a skip connection the output bias takes
-$s_0 - s_i$ besides.
+With the weights $P_i$ and the rest of the prompt, the block outputs what the original block outputs for the whole
+prompt. Each token adds at most one to the rank of $P_i - W$; the updates of :func:`icl_lib.dynamics.trajectory` have
+rank one throughout. With a skip connection, $r_0 - r_i$ is added to the output bias.
 
-Source: Dherin et al. (arXiv 2507.16003), Appendix B.
+Source: Dherin et al. (arXiv 2507.16003), version 1, appendix B; Proposition 2.6 in version 4. Derived in
+:func:`icl_lib.symbolic.eaten_from_left`.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from icl_lib.validation import validated_by
 
 @dataclass(frozen=True, eq=False)
 class EatenFromLeft:
-    r"""The weights after each token that is eaten; made by :func:`eaten_from_left`.
+    r"""The weights after each removed token; made by :func:`eaten_from_left`.
 
     Attributes:
         steps: all steps side by side, ``[*batch, out, in]``: one rank-one term for each token.
-        suffixes: $s_0, s_1, \dots, s_n$: ``[*batch, n + 1, in]``.
+        suffixes: $r_0, r_1, \dots, r_n$, which the MLP reads from what is left: ``[*batch, n + 1, in]``.
     """
 
     steps: LowRank
     suffixes: Tensor
 
     def after(self, tokens: int) -> LowRank:
-        """$P_i - W$ once ``tokens`` tokens are eaten: ``[*batch, out, in]``, of rank at most ``tokens``."""
+        """$P_i - W$ after ``tokens`` removed tokens: ``[*batch, out, in]``, of rank at most ``tokens``."""
         return self.steps.first(tokens)
 
     def bias_after(self, tokens: int) -> Tensor:
-        r"""$s_0 - s_i$: what the output bias of a block with a skip connection takes by then, ``[*batch, in]``."""
+        r"""$r_0 - r_i$, the edit of the output bias in a block with a skip connection: ``[*batch, in]``."""
         return self.suffixes[..., 0, :] - self.suffixes[..., tokens, :]
 
     @property
     def marginal_norms(self) -> Float[Tensor, "*batch n"]:
-        r"""$\lVert P_{i+1} - P_i \rVert_F$, token by token."""
+        r"""$\lVert P_i - P_{i-1} \rVert_F$ for $i = 1 \dots n$."""
         return self.steps.left.norm(dim=-2) * self.steps.right.norm(dim=-2)
 
 
@@ -58,14 +58,14 @@ class EatenFromLeft:
 def eaten_from_left(
     block: ContextualBlock, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
 ) -> EatenFromLeft:
-    r"""The weights $P_1, \dots, P_n$ of a block that takes in its context token by token, from the left.
+    r"""The weights $P_1, \dots, P_n$ that replace the first tokens of a context, one after another from the left.
 
-    Source and formula: see :mod:`icl_lib.dynamics.from_left`. Each step needs all that came before, so this takes
-    $O(n^2)$ numbers.
+    Source and formula: see :mod:`icl_lib.dynamics.from_left`. Each step depends on all earlier ones, so the memory is
+    $O(n^2)$.
 
     Shapes: ``context`` ``[*batch, n, dim]`` with ``n ≥ 1``, ``query`` ``[*batch, dim]``.
 
-    Raises `ValueError` as :func:`icl_lib.block.implicit_update` does, and where what is read from some suffix is zero.
+    Raises `ValueError` as :func:`icl_lib.block.implicit_update` does, and where some $r_i$ is zero.
 
     >>> from icl_lib import SoftmaxAttention
     >>> block = ContextualBlock(SoftmaxAttention(dim=4), torch.nn.Linear(4, 16)).double()
@@ -77,11 +77,11 @@ def eaten_from_left(
         weight = block.first_linear.weight.detach()
         suffixes = read_suffixes(block, context, query)
         before, after = suffixes[..., :-1, :], suffixes[..., 1:, :]
-        # What the steps would be if each were taken from W; its right factors are the unit vectors s/‖s‖.
+        # The steps as if each were taken from W; the right factors are the unit vectors r_i/‖r_i‖.
         alone = weight_update(weight, after, before)
         right = alone.right.squeeze(-1).mT  # [*batch, in, n]
-        # Step j is taken from P_j: it also sees the terms of the steps k < j. Their sizes follow from one another,
-        # u_j = u_j(alone) + Σ_{k<j} u_k (r_k · (s_j − s_{j+1})) / ‖s_{j+1}‖, a triangular system.
+        # Step i is taken from P_{i−1}, which contains the terms of the steps k < i. With unit right factors e_k,
+        # u_i = u_i(alone) + Σ_{k<i} u_k (e_k · (r_{i−1} − r_i)) / ‖r_i‖: a triangular system.
         lengths = torch.linalg.vector_norm(after, dim=-1)
         seen = right.mT @ ((before - after) / lengths.unsqueeze(-1)).mT
         system = torch.eye(seen.shape[-1], dtype=seen.dtype, device=seen.device) - seen.triu(diagonal=1)

@@ -1,16 +1,19 @@
-r"""Reading a prompt is normalised least mean squares, where the contextual layer is a running average.
+r"""Reading a prompt is normalised least mean squares (LMS), where the contextual layer is a running average.
 
-For one head, $a_i = a_{i-1} + \alpha_i (v_i - a_{i-1})$ makes the step of token $i$
+For one head, $a_i = a_{i-1} + \alpha_i (v_i - a_{i-1})$ turns the step of token $i$ into
 
-$$W_i = W_{i-1} - \frac{\alpha_i}{\lVert a_0 \rVert^2}\, \nabla_{W'}\, \tfrac12 \bigl\lVert W' a_0 - W v_i \bigr\rVert^2
-  \Big|_{W' = W_{i-1}},$$
+$$W_i = W_{i-1} - \frac{\alpha_i}{\lVert a_0 \rVert^2}\, \nabla \ell_i(W_{i-1}), \qquad
+  \ell_i(U) = \tfrac12 \lVert U a_0 - W v_i \rVert^2 ,$$
 
-a step of normalised LMS (a relaxed Kaczmarz step). The loss is quadratic and made of data: token $i$ asks that the
-weights send $a_0$ to where $W$ sends its value, and attention decides how far to go. With several heads there is one
-such step for each, on the loss $\ell_i^h(W') = \tfrac12 \lVert W' a_0 - W(a_{i-1} - a_{i-1}^h + v_i^h) \rVert^2$: head
-$h$ asks for the answer that would be given if it read token $i$ alone, and the other heads what they read before.
+a step of normalised LMS. The loss is quadratic. Its minimum is at weights that map $a_0$ to $W v_i$, the image of the
+token's value; the attention weight $\alpha_i$ sets the learning rate. With several heads the step is a sum of one such
+step for each head, on the loss $\ell_i^h(U) = \tfrac12 \lVert U a_0 - W(a_{i-1} - a_{i-1}^h + v_i^h) \rVert^2$. The
+target of head $h$ is the image of the activation in which this head reads token $i$ alone and the other heads are
+unchanged.
 
-Derived in :func:`icl_lib.symbolic.normalised_lms` and :func:`icl_lib.symbolic.normalised_lms_heads`.
+This holds where a new token leaves the query, the earlier keys and the earlier values as they were: in the first block,
+for a layer whose positions do not shift. Derived in :func:`icl_lib.symbolic.normalised_lms` and
+:func:`icl_lib.symbolic.normalised_lms_heads`.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ class NormalisedLMS:
     r"""The losses of the tokens and the steps on them; made by :func:`normalised_lms`.
 
     Attributes:
-        rates: $\alpha_i^h$, how much of the way is gone, ``[*batch, n, heads]``.
+        rates: $\alpha_i^h$, the fraction of the way to the value, ``[*batch, n, heads]``.
         step_sizes: $\alpha_i^h / \lVert a_0 \rVert^2$, the learning rates, of the same shape.
-        targets: what token $i$ asks that the weights answer to $a_0$, by head: ``[*batch, n, heads, out]``.
-        before, after: $\ell_i^h(W_{i-1})$ and $\ell_i^h(W_i)$, ``[*batch, n, heads]``. For one head the loss falls to
-            $(1 - \alpha_i)^2$ of what it was.
+        targets: $W(a_{i-1} - a_{i-1}^h + v_i^h)$, the targets for $U a_0$: ``[*batch, n, heads, out]``.
+        before, after: $\ell_i^h(W_{i-1})$ and $\ell_i^h(W_i)$, ``[*batch, n, heads]``. For one head, the step
+            multiplies the loss by $(1 - \alpha_i)^2$.
         marginal_norms: $\lVert \sum_h \alpha_i^h W (v_i^h - a_{i-1}^h) \rVert / \lVert a_0 \rVert$, ``[*batch, n]``:
-            what the norms of the increments must be.
+            the predicted norms of the increments.
     """
 
     rates: Tensor
@@ -53,9 +56,9 @@ def _check_normalised_lms(path: Any) -> None:
         raise ValueError(f"path is a {type(path).__name__}: give what icl_lib.dynamics.trajectory returns.")
     if path.prefixes.average is None:
         raise ValueError(
-            f"reading this prompt is not normalised LMS: {path.prefixes.why_not}. The trajectory itself is exact; only "
-            "this reading of it is not to be had. A layer that is an average over tokens can say so with a method "
-            "`average(context, query)` that returns a RunningAverage."
+            f"reading this prompt is not normalised LMS: {path.prefixes.why_not}. The trajectory itself is exact. "
+            "If the layer is an average over tokens, give it a method `average(context, query)` that returns a "
+            "RunningAverage."
         )
 
 
@@ -63,10 +66,10 @@ def _check_normalised_lms(path: Any) -> None:
 def normalised_lms(path: Trajectory) -> NormalisedLMS:
     """The quadratic loss, the target and the learning rate of each token of a prompt; see :mod:`icl_lib.dynamics.lms`.
 
-    The losses are those of the weights on their way, $W + ΔW_i$, applied to $a_0$.
+    The losses are taken at the weights $W_{i-1}$ and $W_i$.
 
-    Raises `ValueError` for a trajectory through a layer that is no running average, such as a GRU or attention whose
-    positions shift when a token is appended; it says why.
+    Raises `ValueError` for a trajectory through a layer that is not a running average, such as a GRU, or attention
+    whose positions shift when a token is appended; the message gives the reason.
 
     >>> from icl_lib import ContextualBlock, SoftmaxAttention
     >>> from icl_lib.dynamics import trajectory
@@ -81,15 +84,15 @@ def normalised_lms(path: Trajectory) -> NormalisedLMS:
     average: RunningAverage = path.prefixes.average
     with torch.no_grad():
         start = path.activations[..., 0, :]
-        # v − a for each head, sent through W: how far each head asks to go.
-        asked = average.read_each(average.values - average.heads()[..., :-1, :, :]) @ path.weight.mT
-        answers = start.unsqueeze(-2) @ path.weight.mT + path.updates.matvec(start.unsqueeze(-2))  # of W_0 … W_n
-        targets = (path.activations[..., :-1, :] @ path.weight.mT).unsqueeze(-2) + asked
+        # W(v − a) for each head: the difference between its target and its present output.
+        gap = average.read_each(average.values - average.heads()[..., :-1, :, :]) @ path.weight.mT
+        outputs = start.unsqueeze(-2) @ path.weight.mT + path.updates.matvec(start.unsqueeze(-2))  # of W_0 … W_n
+        targets = (path.activations[..., :-1, :] @ path.weight.mT).unsqueeze(-2) + gap
         before, after = (
-            (answers[..., steps, :].unsqueeze(-2) - targets).square().sum(-1) / 2
+            (outputs[..., steps, :].unsqueeze(-2) - targets).square().sum(-1) / 2
             for steps in (slice(None, -1), slice(1, None))
         )
-        moved = (average.rates.unsqueeze(-1) * asked).sum(-2)
+        moved = (average.rates.unsqueeze(-1) * gap).sum(-2)
         return NormalisedLMS(
             rates=average.rates,
             step_sizes=average.rates * path.step_size[..., None, None],

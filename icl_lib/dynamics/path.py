@@ -1,17 +1,17 @@
-r"""The weights on their way while a prompt is read: $W_i = W + \Delta W(c_1 \dots c_i)$, token by token.
+r"""The weights while a prompt is read: $W_i = W + \Delta W(c_1 \dots c_i)$, token by token.
 
 With $a_i = A(c_1 \dots c_i, x)$, each token takes one step,
 
 $$W_i - W_{i-1} = \frac{W (a_i - a_{i-1})\, a_0^\top}{\lVert a_0 \rVert^2},$$
 
-and each step can be read as gradient descent with the rate $\eta = 1/\lVert a_0\rVert^2$ on a loss that is linear in
-the weights and another one for every token:
+and each step is a gradient step with the rate $\eta = 1/\lVert a_0\rVert^2$ on a loss that is linear in the weights and
+differs from token to token:
 
-$$W_i = W_{i-1} - \eta\, \nabla L_i(W_{i-1}), \qquad L_i(W') = \operatorname{tr}(\Delta_i^\top W'), \qquad
+$$W_i = W_{i-1} - \eta\, \nabla L_i(W_{i-1}), \qquad L_i(U) = \operatorname{tr}(\Delta_i^\top U), \qquad
   \Delta_i = W (a_{i-1} - a_i)\, a_0^\top .$$
 
-Source: Dherin et al. (arXiv 2507.16003), Proposition 3.1. Its $L_{i-1}$ is our $L_i$, the loss of token $i$; its $h$ is
-our $\eta$.
+Source: Dherin et al. (arXiv 2507.16003), version 1, Proposition 3.1. Its $L_{i-1}$ is our $L_i$, the loss of token $i$;
+its $h$ is our $\eta$. Derived in :func:`icl_lib.symbolic.linear_losses`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Trajectory:
 
     Attributes:
         weight: $W$, ``[out, in]``.
-        prefixes: $a_0 \dots a_n$, and the running average that they are, if they are one.
+        prefixes: $a_0 \dots a_n$, and the running average that gives them, if there is one.
     """
 
     weight: Tensor
@@ -51,13 +51,13 @@ class Trajectory:
     def updates(self) -> LowRank:
         r"""$W_i - W = \Delta W(c_1 \dots c_i)$ for $i = 0 \dots n$: ``[*batch, n + 1, out, in]``.
 
-        Each of rank one; all share their right factor, so the whole is $O(n)$ numbers.
+        Each has rank one, and all share their right factor, so the memory is $O(n)$.
         """
         return weight_update(self.weight, self.activations[..., :1, :], self.activations)
 
     @property
     def bias_updates(self) -> Tensor:
-        r"""$a_i - a_0$ for $i = 0 \dots n$: what the output bias of a block with a skip connection takes."""
+        r"""$a_i - a_0$ for $i = 0 \dots n$: the edits of the output bias in a block with a skip connection."""
         return self.activations - self.activations[..., :1, :]
 
     @property
@@ -68,7 +68,7 @@ class Trajectory:
 
     @property
     def marginal_norms(self) -> Float[Tensor, "*batch n"]:
-        r"""$\lVert W_i - W_{i-1} \rVert_F$: how much each token changes (Dherin et al., Figure 3)."""
+        r"""$\lVert W_i - W_{i-1} \rVert_F$: the length of each step (Dherin et al., Figure 3)."""
         return self.increments.norm()
 
     @property
@@ -78,14 +78,14 @@ class Trajectory:
 
     @property
     def linear_gradients(self) -> LowRank:
-        r"""$\Delta_i = W (a_{i-1} - a_i)\, a_0^\top$ for $i = 1 \dots n$: the gradient of $L_i$, anywhere."""
+        r"""$\Delta_i = W (a_{i-1} - a_i)\, a_0^\top$ for $i = 1 \dots n$: the gradient of $L_i$ at any weights."""
         left = -self.activations.diff(dim=-2) @ self.weight.mT
         return LowRank(left.unsqueeze(-1), self.activations[..., :1, :].unsqueeze(-1))
 
     def linear_losses(self) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
         r"""$L_i(W_{i-1})$ and $L_i(W_i)$: before and after the step of each token.
 
-        The second is always the smaller one, by $\lVert W_i - W_{i-1} \rVert_F^2 / \eta$, whatever the tokens are.
+        The second is smaller by $\lVert W_i - W_{i-1} \rVert_F^2 / \eta$ for any tokens.
         """
         gradients, updates = self.linear_gradients, self.updates
         at_start = (gradients.left * (self.weight @ gradients.right)).sum((-2, -1))
@@ -102,8 +102,8 @@ def trajectory(
     $$T_W(c_1 \dots c_i, x) = T_{W_i}(x), \qquad W_i = W + \frac{W (a_i - a_0)\, a_0^\top}{\lVert a_0 \rVert^2}$$
 
     (In a block with a skip connection the output bias moves as well, by ``bias_updates``.)
-    Source: Dherin et al. (arXiv 2507.16003), Section 3. One pass and $O(n)$ memory for layers that average over tokens
-    or keep a state, as :mod:`icl_lib.contextual` says; one pass for each prefix for others.
+    Source: Dherin et al. (arXiv 2507.16003), version 1, section 3. For a layer with a method ``average`` or
+    ``prefixes`` (:mod:`icl_lib.contextual`) this takes one pass and $O(n)$ memory; for others, one pass per prefix.
 
     Shapes: ``context`` ``[*batch, n, dim]`` with ``n ≥ 1``, ``query`` ``[*batch, dim]``. The block is left as it was.
 
@@ -120,6 +120,6 @@ def trajectory(
     """
     with torch.no_grad():
         found = Trajectory(block.first_linear.weight.detach(), read_prefixes(block, context, query))
-        # Raises where a₀ is zero or something overflows, now rather than when the weights are first asked for.
+        # Raises here, not at the first use of the weights, where a₀ is zero or a number overflows.
         weight_update(found.weight, found.activations[..., 0, :], found.activations[..., -1, :])
     return found

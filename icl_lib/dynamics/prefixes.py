@@ -1,4 +1,4 @@
-"""What a query reads from every prefix, or every suffix, of its context: in one pass where the layer allows it."""
+"""The activations that a query reads from every prefix or suffix of its context, in one pass where possible."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from icl_lib.running_average import RunningAverage
 
 @dataclass(frozen=True, eq=False)
 class Prefixes:
-    r"""What the MLP reads while the context grows.
+    r"""The activations that the MLP reads while the context grows.
 
     Attributes:
         activations: $a_0, a_1, \dots, a_n$ with $a_i = A(c_1 \dots c_i, x)$: ``[*batch, n + 1, in]``.
-        average: the running average that they are, or None.
-        why_not: why they are none, in a sentence; empty where there is one.
+        average: the running average that gives them, or None.
+        why_not: a sentence that says why there is none; empty where there is one.
     """
 
     activations: Tensor
@@ -28,10 +28,10 @@ class Prefixes:
 
 
 def read_prefixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Prefixes:
-    r"""What the block's MLP reads from $c_1 \dots c_i$ and the query, for every $i$ from 0 to $n$.
+    r"""$A(c_1 \dots c_i, x)$ for every $i$ from 0 to $n$.
 
-    One pass where the layer has ``average`` or ``prefixes`` (:mod:`icl_lib.contextual`), and this gives what the layer
-    itself gives for no token, one, half of them and all; otherwise one pass for each prefix.
+    One pass where the layer has a method ``average`` or ``prefixes`` (:mod:`icl_lib.contextual`) whose results agree
+    with the layer's own for no token, one token, half of them and all; otherwise one pass for each prefix.
     """
     layer, n = block.contextual, context.shape[-2]
 
@@ -39,7 +39,7 @@ def read_prefixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Pre
         return block.read(context[..., :tokens, :], query)
 
     if not hasattr(layer, "average"):
-        why_not = f"the contextual layer, a {type(layer).__name__}, is no average over tokens: it has no `average`"
+        why_not = f"the contextual layer, a {type(layer).__name__}, has no method `average`"
     else:
         average = layer.average(context, query)
         activations = average.read(average.heads())
@@ -47,8 +47,8 @@ def read_prefixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Pre
         if differs is None:
             return Prefixes(activations, average)
         why_not = (
-            f"the contextual layer, a {type(layer).__name__}, is not the average that its method `average` describes: "
-            f"after {differs} tokens the two differ. Do positions shift when a token is appended?"
+            f"the contextual layer, a {type(layer).__name__}, differs from the average that its method `average` "
+            f"describes, after {differs} tokens. Do positions shift when a token is appended?"
         )
     if hasattr(layer, "prefixes"):
         activations = layer.prefixes(context, query)
@@ -58,9 +58,9 @@ def read_prefixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Pre
 
 
 def read_suffixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Tensor:
-    r"""What the block's MLP reads once the first $0, 1, \dots, n$ tokens are gone: ``[*batch, n + 1, in]``.
+    r"""$A(c_{i+1} \dots c_n, x)$ for every $i$ from 0 to $n$: ``[*batch, n + 1, in]``.
 
-    An average does not ask in which order its tokens come, so its suffixes are the prefixes of the reversed context.
+    An average does not depend on the order of its tokens, so its suffixes are the prefixes of the reversed context.
     """
     layer, n = block.contextual, context.shape[-2]
 
@@ -76,8 +76,8 @@ def read_suffixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Ten
 
 
 def _differs(activations: Tensor, own: Callable[[int], Tensor], n: int) -> int | None:
-    """The first number of tokens, of none, one, half and all, for which the layer itself reads something else."""
-    # The two add up in different orders; a layer of another kind is wrong by far more than half the digits.
+    """The first number of tokens, of none, one, half and all, for which ``activations`` differ from the layer's own."""
+    # Sums in another order differ in the last digits; a layer of another kind differs in far more than half of them.
     tolerance = torch.finfo(activations.dtype).eps ** 0.5
     for tokens in dict.fromkeys((0, 1, n // 2, n)):
         read = own(tokens)

@@ -1,7 +1,7 @@
-r"""The true gradient: of the task's loss, at the weights on their way, beside the step that reading a token takes.
+r"""The gradient of the task's loss at the weights $W_i$, to compare with the steps of reading.
 
-The matrix that reads $a$ has a gradient of rank one: with $z = W' a + b$, $\nabla_{W'} \ell = (\partial \ell/\partial
-z)\, a^\top$. Autograd gives $\partial \ell / \partial z$ at every token of every prompt in one pass.
+With $z = U a + b$, the gradient with respect to the first linear map has rank one: $\nabla \ell(U) = (\partial \ell /
+\partial z)\, a^\top$. Autograd gives $\partial \ell / \partial z$ at every token of every prompt in one pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _check_answers(block: Any, updates: Any, query: Any, bias: Any) -> None:
     require_broadcastable(updates=updates.batch_shape, query=query.shape[:-1])
     if bias is not None:
         if not block.skip:
-            raise ValueError("bias is given and the block has no skip connection: leave it out.")
+            raise ValueError("bias is given, but the block has no skip connection: leave it out.")
         require_float("bias", bias, 1, "[*batch, dim]")
         require_broadcastable(updates=updates.batch_shape, bias=bias.shape[:-1])
 
@@ -47,12 +47,12 @@ def _check_task_gradients(block: Any, updates: Any, query: Any, loss: Any, bias:
 def answers(
     block: ContextualBlock, updates: LowRank, query: Float[Tensor, "*batch dim"], bias: Tensor | None = None
 ) -> Float[Tensor, "*answers out"]:
-    r"""What a block answers to the bare query with the weights $W + $ ``updates``, kept as factors.
+    r"""The outputs of a block on the bare query with the weights $W +$ ``updates``, kept as factors.
 
-    Its own parts run without a context, and the MLP's first linear map answers $W a + b + L (R^\top a)$.
+    The block runs without a context, and the MLP's first linear map computes $W a + b + L (R^\top a)$.
 
     Shapes: ``updates`` ``[*batch, out, in]``, ``query`` ``[*batch, dim]``; leading dimensions broadcast. In a block
-    with a skip connection ``bias`` ``[*batch, dim]`` is added to the output bias, such as a trajectory's
+    with a skip connection, ``bias`` ``[*batch, dim]`` is added to the output bias; a trajectory has it as
     ``bias_updates``.
 
     >>> from icl_lib import MeanPooling
@@ -66,7 +66,7 @@ def answers(
 
 
 def _run(block: ContextualBlock, updates: LowRank, query: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The output; what the first linear map read; and what it answered, from where gradients are taken."""
+    """The output, the input of the first linear map and its output, at which gradients are taken."""
     query = query.expand(*torch.broadcast_shapes(updates.batch_shape, query.shape[:-1]), -1)
     read = block.read(query.unsqueeze(-2)[..., :0, :], query).detach()
     answered: list[Tensor] = []
@@ -75,7 +75,7 @@ def _run(block: ContextualBlock, updates: LowRank, query: Tensor, bias: Tensor |
         answered.append(updates.addmv(answer, read).detach().requires_grad_())
         return answered[0]
 
-    # The hook is there for the MLP only: the contextual layer may use the same map.
+    # The contextual layer may use the same map, so the hook stands only while the MLP runs.
     hook = block.first_linear.register_forward_hook(edit)
     try:
         output = block.mlp(read)
@@ -97,13 +97,13 @@ def task_gradients(
     r"""The gradient of a loss with respect to the first linear map, at the weights $W + $ ``updates``, without context.
 
     Args:
-        block: run on the bare query with each of the edited weights; it is left as it was.
+        block: runs on the bare query with each of the edited weights; it is not changed.
         updates: ``[*batch, out, in]``, such as the ``updates`` of a trajectory.
         query: ``[*batch, dim]``; leading dimensions broadcast with those of ``updates``.
         loss: takes the block's outputs ``[*batch, out]`` to losses ``[*batch]``.
         bias: as for :func:`answers`.
 
-    Returns $\nabla_{W'} \ell$ as ``[*batch, out, in]``, of rank one.
+    Returns $\nabla \ell(W + \text{updates})$, ``[*batch, out, in]``, of rank one.
 
     >>> from icl_lib import MeanPooling
     >>> block = ContextualBlock(MeanPooling(), torch.nn.Linear(2, 1, bias=False))
@@ -130,22 +130,23 @@ def _check_step_alignment(path: Any, block: Any, query: Any, loss: Any) -> None:
 
 @validated_by(_check_step_alignment)
 def step_alignment(path: Trajectory, block: ContextualBlock, query: Tensor, loss: Loss) -> Float[Tensor, "*batch n"]:
-    r"""The cosine between each token's step and the true descent direction at the weights that the step starts from.
+    r"""The cosine of each token's step with the descent direction of the task's loss at the weights before the step.
 
-    $$\cos\bigl(W_i - W_{i-1},\; -\nabla_{W'}\, \ell(T_{W'}(x))\big|_{W' = W_{i-1}}\bigr), \qquad i = 1 \dots n$$
+    $$\cos\bigl(W_i - W_{i-1},\; -\nabla \ell(W_{i-1})\bigr), \qquad \ell(U) = \text{loss}(T_U(x)), \qquad
+      i = 1 \dots n$$
 
-    1 where reading the token is a gradient step on the task's loss, 0 where it has nothing to do with it. A step ends
-    in $a_0(x)^\top$ and a gradient in what is read from its own query $x'$, so the cosine is at most
-    $\lvert\cos(a_0(x), a_0(x'))\rvert$: below 1 where $x'$ is another token.
+    It is 1 where reading the token is a gradient step on the task's loss, and 0 where the two are orthogonal. The right
+    factor of a step is $a_0(x)^\top$, and that of a gradient is $a_0(x')^\top$ for the query $x'$ of its loss, so the
+    cosine is at most $\lvert\cos(a_0(x), a_0(x'))\rvert$.
 
     Args:
-        path: of ``block``, from :func:`icl_lib.dynamics.trajectory`.
-        block: whose path it is.
+        path: the trajectory of ``block``, from :func:`icl_lib.dynamics.trajectory`.
+        block: the block that read the prompt.
         query: the tokens on which the task's loss is taken, ``[*batch, dim]`` for the same at every step (the query
-            itself), or ``[*batch, n, dim]`` for one at each step (the example that is being read, as SGD would).
+            itself), or ``[*batch, n, dim]`` for one at each step (the example that is read, as in SGD).
         loss: takes outputs ``[*batch, n, out]`` to losses ``[*batch, n]``.
 
-    NaN where a step or a gradient is zero, and has no direction.
+    NaN where a step or a gradient is zero.
     """
     batch = path.activations.shape[:-2]
     each = query if query.ndim == len(batch) + 2 else query.unsqueeze(-2)
