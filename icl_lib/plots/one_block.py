@@ -1,4 +1,4 @@
-"""Pictures of the identity in one block: training curves, a context removed in part, the family of solutions."""
+"""Pictures of the identity in one block: training curves, a context removed in part, the solution set."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from icl_lib.experiments.one_block import TrainingCurves
 from icl_lib.figures import COLOURS, Figure, Row, figure
+from icl_lib.measures import scientific
 
 
 def training_curves(curves: TrainingCurves) -> Figure:
@@ -46,21 +47,21 @@ def removal(
     right: float,
     at: int,
 ) -> Row:
-    """Removing more or less of a context: size of the edit, and the outputs with and without it.
+    """The norm of the edit when more or less of a context is removed, and the answers with and without the edit.
 
     Args:
-        kept: how many context tokens stay, in each case.
+        kept: how many context tokens are kept, in each case.
         norms: the edit's Frobenius norm.
-        prompted: the output with the full context.
-        edited: the edited model's output on what is left.
-        bare: the unedited model's output on what is left. Control.
+        prompted: the answer with the full context.
+        edited: the edited model's answer with the kept part.
+        bare: the unedited model's answer with the kept part. Control.
         right: the right answer.
-        at: the case to point out, an index into ``kept``.
+        at: the case to mark, an index into ``kept``.
     """
     here = f"With {kept[at]} of {kept[-1]} examples kept"
     with figure(width=3.3, height=2.9) as (size, ax):
         _walked(ax, kept, norms, at)
-        ax.set(title="size of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, None))
+        ax.set(title="norm of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, None))
     with figure(width=3.3, height=2.9) as (answers, ax):
         ax.axhline(right, color=COLOURS["green"], linestyle=":", label="right answer")
         ax.axhline(prompted, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="full prompt")
@@ -78,44 +79,57 @@ def removal(
     )
 
 
-def solution_family(steps: Sequence[float], norms: Sequence[float], matrix: np.ndarray, at: int) -> Row:
-    """Walking along the solutions of the constraint: the norm on the way, and the matrix at one place.
+def solution_family(
+    steps: Sequence[float], norms: Sequence[float], matrix: np.ndarray, effect: float, rank: int, at: int
+) -> Row:
+    """The norm of the edits along a line in the solution set, and one of these edits.
 
     Args:
-        steps: distance walked from the least-norm solution.
-        norms: Frobenius norm of the solution there.
-        matrix: ``[out, in]``, the solution at ``steps[at]``.
-        at: where we are.
+        steps: distance from the least-norm edit.
+        norms: Frobenius norm of each edit.
+        matrix: ``[out, in]``, the edit at ``steps[at]``.
+        effect: the relative error of that edit in the pre-activation.
+        rank: the rank of that edit.
+        at: the edit to show, an index into ``steps``.
     """
     limit = np.abs(matrix).max()
     with figure(width=3.6, height=2.8) as (size, ax):
         _walked(ax, steps, norms, at)
-        ax.set(title="size of the edit", xlabel="how far along the solution set, $t$", ylim=(0, None))
+        ax.set(title="norm of the edit", xlabel="distance $t$ along the solution set", ylim=(0, None))
     with figure(width=2.9, height=2.8) as (heat, ax):
         ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit)
         for (i, j), value in np.ndenumerate(matrix):
             colour = "#ffffff" if abs(value) > limit / 2 else "#111111"
             ax.annotate(_number(value, ".2f"), (j, i), ha="center", va="center", color=colour)
-        ax.set(title=f"the edit at t = {_number(steps[at])}", xticks=[], yticks=[])
+        ax.set(
+            title=f"the edit at $t$ = {_number(steps[at])}: rank {rank}",
+            xlabel=f"pre-activation off by {scientific(effect)}",
+            xticks=[],
+            yticks=[],
+        )
         ax.grid(visible=False)
         ax.spines[:].set_visible(False)
     return Row(
         Figure(
             size,
-            "The norm of the solutions against the distance t from the least one, smallest at t = 0. "
+            "The norm of the edits against the distance t from the least one, smallest at t = 0. "
             f"Here t is {steps[at]:g} and the norm {norms[at]:.2f}.",
         ),
-        Figure(heat, f"The solution at t = {steps[at]:g} as a heat map."),
+        Figure(
+            heat,
+            f"The edit at t = {steps[at]:g} as a heat map. Its rank is {rank}, and it reproduces the pre-activation "
+            f"to a relative error of {scientific(effect)}.",
+        ),
     )
 
 
 def _number(value: float, form: str = "g") -> str:
-    """With the sign that the axes use."""
+    """Write a number with the minus sign of the axes."""
     return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
 
 
 def _walked(ax: Axes, x: Sequence[float], y: Sequence[float], at: int, **style: Any) -> None:
-    """A curve, with a dot at one of its points."""
+    """Draw a curve with a dot at one of its points."""
     style = {"color": COLOURS["blue"], **style}
     ax.plot(x, y, **style)
     ax.plot(x[at], y[at], "o", color=style["color"], markersize=9)
