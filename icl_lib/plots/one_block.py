@@ -103,7 +103,7 @@ def solution_family(
             ax.annotate(_number(value, ".2f"), (j, i), ha="center", va="center", color=colour)
         ax.set(
             title=f"the edit at $t$ = {_number(steps[at])}: rank {rank}",
-            xlabel=f"pre-activation off by {scientific(effect)}",
+            xlabel=f"effect off by {scientific(effect)}",
             xticks=[],
             yticks=[],
         )
