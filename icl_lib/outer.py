@@ -1,8 +1,11 @@
-r"""What carries the residual difference $\Delta h$ at the end of a block that has no output bias, or a norm there.
+r"""Edits that add the difference of the residual stream, $\Delta h$, at the end of a block without an output bias.
 
-Source of the first two: Goldwaser, Munn, Gonzalvo, Dherin, *Equivalence of Context and Parameter Updates in Modern
-Transformer Blocks* (arXiv 2511.17864). They are exact, but the second divides by every feature of a normed activation,
-some of which are nearly zero; :func:`turning_update` does not.
+The last matrix of the MLP can add it (:func:`output_update`). If a norm follows the MLP, its scale can
+(:func:`scale_update`), or matrix and scale together (:func:`turning_update`).
+
+Source: Goldwaser, Munn, Gonzalvo, Dherin, *Equivalence of Context and Parameter Updates in Modern Transformer Blocks*
+(arXiv 2511.17864, ICML 2026). :func:`turning_update` is this library's own: it does not divide by the normed
+activation.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from icl_lib.validation import (
 )
 
 NEWTON_STEPS = 100
-"""After which a gain that serves several vectors is taken not to exist."""
+"""The number of Newton steps after which :func:`turning_update` reports that no shared scale exists."""
 
 
 def _check_output_update(change: Any, hidden: Any) -> None:
@@ -37,23 +40,23 @@ def _check_output_update(change: Any, hidden: Any) -> None:
     zero = (hidden == 0).all(-1)
     if bool(zero.any()):
         raise ValueError(
-            f"hidden{place(zero)} is zero: no edit of the weights can act on a zero input. Let the change go into the "
-            "bias (outer='bias')."
+            f"hidden{place(zero)} is zero: no edit of a matrix changes its output for a zero input. Let the bias take "
+            "the change (outer='bias')."
         )
 
 
 @validated_by(_check_output_update)
 def output_update(change: Float[Tensor, "*#batch out"], hidden: Float[Tensor, "*#batch in_"]) -> LowRank:
-    r"""The smallest edit of the MLP's last matrix that adds a change to what it answers.
+    r"""The smallest edit of the MLP's last matrix that adds a given change to its output.
 
     $$\Delta W_\text{down} = \frac{\Delta h\, y^\top}{\lVert y \rVert^2}, \qquad
       (W_\text{down} + \Delta W_\text{down})\, y = W_\text{down}\, y + \Delta h .$$
 
-    It stands in for the bias update $\Delta b' = \Delta h$ where an MLP has no bias. Source: Goldwaser, Munn, Gonzalvo,
-    Dherin, *Equivalence of Context and Parameter Updates in Modern Transformer Blocks* (arXiv 2511.17864).
+    It replaces the bias update $\Delta b' = \Delta h$ if the MLP has no bias. Source: Goldwaser et al. (arXiv
+    2511.17864).
 
-    Shapes: ``change`` $\Delta h$ ``[*batch, out]``, ``hidden`` $y$ ``[*batch, in]``, what the matrix reads; leading
-    dimensions broadcast. Raises `ValueError` for a zero, NaN or infinite $y$, as
+    Shapes: ``change`` $\Delta h$ is ``[*batch, out]``; ``hidden`` $y$, the input of the matrix, is ``[*batch, in]``.
+    Leading dimensions broadcast. Raises `ValueError` for a zero, NaN or infinite $y$, as
     :func:`icl_lib.theorem.weight_update` does.
 
     >>> output_update(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0])).dense()
@@ -74,8 +77,8 @@ def _check_scale_update(change: Any, normed: Any) -> None:
     zero = (normed == 0) & (change != 0)
     if bool(zero.any()):
         raise ValueError(
-            f"normed{place(zero)} is zero: whatever its scale, this feature of the normed activation stays zero, and "
-            "the change cannot be added to it. This prompt is outside what a scale can take."
+            f"normed{place(zero)} is zero: this feature of the norm's output is zero for every scale, so no scale can "
+            "add the change to it. Let the last matrix and the scale take the change together (outer='down')."
         )
 
 
@@ -83,33 +86,36 @@ def _check_scale_update(change: Any, normed: Any) -> None:
 def scale_update(
     change: Float[Tensor, "*batch dim"], normed: Float[Tensor, "*batch dim"]
 ) -> Float[Tensor, "*batch dim"]:
-    r"""The edit of a norm's scale that adds a change to what the norm answers.
+    r"""The edit of a norm's scale that adds a given change to the norm's output.
 
-    $$\Delta m = \Delta h \oslash u, \qquad (m + \Delta m) \odot u = m \odot u + \Delta h .$$
+    $$\Delta \gamma = \Delta h \oslash \bar o, \qquad
+      (\gamma + \Delta \gamma) \odot \bar o = \gamma \odot \bar o + \Delta h .$$
 
-    For blocks with a norm between the MLP and the stream. Source: Goldwaser et al. (arXiv 2511.17864), for Gemma.
+    For blocks with a norm between the MLP and the residual stream. Source: Goldwaser et al. (arXiv 2511.17864), for
+    Gemma.
 
-    Shapes: ``change`` $\Delta h$ and ``normed`` $u$, the normed activation before its scale, ``[*batch, dim]``. Raises
-    `ValueError` where some $u_j$ is zero and the change is not, and where something is not finite.
+    Shapes: ``change`` $\Delta h$ and ``normed`` $\bar o$, the normed activation before it is scaled, are
+    ``[*batch, dim]``. Raises `ValueError` if some $\bar o_j$ is zero and the change there is not, and for NaN and
+    infinity.
 
     >>> scale_update(torch.tensor([1.0, 3.0]), torch.tensor([2.0, -1.0]))
     tensor([ 0.5000, -3.0000])
     """
     scale = torch.where(change == 0, change, change / normed)
-    require_representable(scale, "Δh/u", "u")
+    require_representable(scale, "Δh/ō", "ō")
     return scale
 
 
-def _check_turning(wanted: Any, read: Any, normed: Any, gain: Any, shared: Any) -> None:
+def _check_turning(wanted: Any, read: Any, normed: Any, scale: Any, shared: Any) -> None:
     for name, vectors in (("wanted", wanted), ("read", read), ("normed", normed)):
         require_float(name, vectors, 2, "[m, dim]")
         require_finite(name, vectors, "look for overflow or NaN weights before it.")
-    require_float("gain", gain, 1, "[dim]")
-    for name, zero in (("gain", gain == 0), ("wanted", (wanted == 0).all(-1)), ("read", (read == 0).all(-1))):
+    require_float("scale", scale, 1, "[dim]")
+    for name, zero in (("scale", scale == 0), ("wanted", (wanted == 0).all(-1)), ("read", (read == 0).all(-1))):
         if bool(zero.any()):
             raise ValueError(
-                f"{name}{place(zero)} is zero: the norm's answer cannot be turned where there is none; let the scale "
-                "alone take the change (outer='scale')."
+                f"{name}{place(zero)} is zero: turning divides by it. Let the scale alone take the change "
+                "(outer='scale')."
             )
 
 
@@ -118,42 +124,47 @@ def turning_update(
     wanted: Float[Tensor, "m dim"],
     read: Float[Tensor, "m dim"],
     normed: Float[Tensor, "m dim"],
-    gain: Tensor,
+    scale: Tensor,
     shared: bool = False,
 ) -> tuple[Float[Tensor, "m dim"], Float[Tensor, "*m dim"]]:
-    r"""How to change what a norm reads, and its gain, so that it answers what is wanted.
+    r"""Change the input of a norm, and its scale, so that its output is a given vector.
 
-    A norm reads $x$ and answers $g \odot u$, where $u = x/\alpha$ has a given length: no $x$ alone makes it answer $t$.
-    So the last matrix turns $x$ into a vector of the same length, and the gain stretches:
+    The norm outputs $\gamma \odot \bar o$ with $\bar o = o/\alpha$, where $\alpha > 0$ depends on $\lVert o \rVert$
+    alone (RMSNorm, with or without an epsilon). So $\lVert \bar o \rVert$ is fixed by $\lVert o \rVert$. To output
+    $t$, the input is turned, that is, replaced by a vector of the same length, and the scale is multiplied by a
+    stretch factor $\kappa$:
 
-    $$x' = \alpha\, (t \oslash g'), \qquad g' = s\, g, \qquad
-      s = \frac{\lVert t \oslash g \rVert}{\lVert u \rVert}, \qquad g' \odot u' = t .$$
+    $$\kappa = \frac{\lVert t \oslash \gamma \rVert}{\lVert \bar o \rVert}, \qquad \gamma' = \kappa \gamma, \qquad
+      o' = \alpha\, (t \oslash \gamma') .$$
 
-    With ``shared``, one gain serves all $m$ vectors: the $g'$ nearest to $g$ (in relative entropy of $1/g'^2$) with
-    $\lVert t_k \oslash g' \rVert = \lVert u_k \rVert$ for every $k$.
+    Then $\lVert o' \rVert = \lVert o \rVert$, so the norm divides by the same $\alpha$ and outputs
+    $\gamma' \odot o'/\alpha = t$. No entry of $\bar o$ is divided by; the entries of $\gamma$ are.
 
-    Shapes: ``wanted`` $t$, ``read`` $x$ and ``normed`` $u$ ``[m, dim]``, ``gain`` $g$ ``[dim]``. Returns $x' - x$ and
-    $g'$, ``[m, dim]`` or for a shared gain ``[dim]``. Raises `ValueError` where a gain is zero, and where no shared
-    gain exists. Ours.
+    With ``shared``, one scale serves all $m$ vectors: the $\gamma'$ nearest to $\gamma$ (in relative entropy of
+    $1/\gamma'^2$) with $\lVert t_k \oslash \gamma' \rVert = \lVert \bar o_k \rVert$ for every $k$.
 
-    >>> t, x, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 0.0]]), torch.ones(2)
-    >>> change, gain = turning_update(t, x, x / x.square().mean().sqrt(), g)
-    >>> turned = x + change
-    >>> torch.allclose(gain * turned / turned.square().mean().sqrt(), t)
+    Shapes: ``wanted`` $t$, ``read`` $o$ and ``normed`` $\bar o$ are ``[m, dim]``; ``scale`` $\gamma$, the factor of
+    $\bar o$, is ``[dim]``. Returns $o' - o$ and $\gamma'$, which is ``[m, dim]``, or ``[dim]`` if it is shared. Raises
+    `ValueError` if an entry of the scale is zero, if $t$ or $o$ is zero, and if no shared scale is found.
+
+    >>> t, o, scale = torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 0.0]]), torch.ones(2)
+    >>> change, stretched = turning_update(t, o, o / o.square().mean().sqrt(), scale)
+    >>> turned = o + change
+    >>> torch.allclose(stretched * turned / turned.square().mean().sqrt(), t)
     True
     """
     length = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
     if shared:
-        new = _shared_gain(wanted, length, gain)
+        new = _shared_scale(wanted, length, scale)
     else:
-        new = gain * (torch.linalg.vector_norm(wanted / gain, dim=-1, keepdim=True) / length)
+        new = scale * (torch.linalg.vector_norm(wanted / scale, dim=-1, keepdim=True) / length)
     divisor = torch.linalg.vector_norm(read, dim=-1, keepdim=True) / length
     return divisor * (wanted / new) - read, new
 
 
-def _shared_gain(wanted: Tensor, length: Tensor, gain: Tensor) -> Tensor:
-    """Newton's method on the dual: $1/g'^2 = \\exp(A^\\top \\lambda)/g^2$, one multiplier for each vector."""
-    shares = (wanted / gain / length).double().square()  # of each feature in the length of each vector
+def _shared_scale(wanted: Tensor, length: Tensor, scale: Tensor) -> Tensor:
+    r"""Newton's method on the dual: $1/\gamma'^2 = \exp(A^\top \lambda)/\gamma^2$, one multiplier for each vector."""
+    shares = (wanted / scale / length).double().square()  # the share of each feature in the length of each vector
     shares, start = shares * (1 / shares.sum(-1).mean()), 1 / shares.sum(-1).mean()
     dual = torch.zeros(len(shares), dtype=torch.float64, device=shares.device)
     for _ in range(NEWTON_STEPS):
@@ -164,10 +175,10 @@ def _shared_gain(wanted: Tensor, length: Tensor, gain: Tensor) -> Tensor:
         step = torch.linalg.lstsq((shares * weights) @ shares.mT, missing).solution
         # Full steps once they are small; before that no exponent may grow by more than one.
         dual = dual + step / max(1.0, float((step @ shares).abs().max()))
-    # No gain, or none that rounding lets the iteration find; the norms that need one compute in float32 anyway.
+    # The bound is loose because the norms that need a shared scale compute in float32.
     if not bool(missing.abs().max() < 1e-9):
         raise ValueError(
-            f"no gain of the norm serves all {len(shares)} vectors at once: give each position its own edits, or ask "
-            "with fewer tokens."
+            f"no scale of the norm was found that serves all {len(shares)} vectors at once: give each position its own "
+            "edits, or use a shorter query."
         )
-    return gain * (1 / (start * torch.exp(dual @ shares)).sqrt()).to(gain.dtype)
+    return scale * (1 / (start * torch.exp(dual @ shares)).sqrt()).to(scale.dtype)
