@@ -33,6 +33,7 @@ from icl_lib.hidden_rule import (
     load_hidden_rule,
     losses,
     measure,
+    measure_edited,
     measure_swapped,
     posterior,
     replies,
@@ -42,6 +43,7 @@ from icl_lib.hidden_rule import (
 )
 from icl_lib.hidden_rule.__main__ import main
 from icl_lib.hidden_rule.checkpoint import DATA
+from icl_lib.hidden_rule.evaluation import BATCH, MOST_QUESTIONS, _draw
 from icl_lib.sweep import Checkpoint
 
 PUZZLE, QUERY = "2+3=10, 4+2=12, 2+8=", "2+8="
@@ -415,3 +417,48 @@ def test_the_library_does_not_need_transformers():
     code += "try:\n    h.build(h.HiddenRuleSettings())\nexcept ImportError as error:\n    print(error)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "transformers is missing: pip install 'icl_lib[llm]'.\n"
+
+
+def test_three_examples_of_the_puzzle_leave_little_doubt(model):
+    text = "2+3=10, 4+2=12, 1+5=12, 2+8="
+    examples, query = read(text)
+    (rule,) = candidates(examples)
+    chances = [model(VOCABULARY.encode(one)[None]).logits[0, -1].softmax(-1) for one in (text, PUZZLE)]
+    assert rule(*query) == 20
+    assert chances[0][20] >= 0.95 > chances[1][20]
+
+
+def test_replies_do_not_depend_on_the_batches(model):
+    tokens = sample_prompts(BATCH + 3, 3, seed=6).tokens
+    assert torch.equal(replies(model, tokens), torch.cat([replies(model, one[None]) for one in tokens]))
+
+
+def test_an_edit_from_many_questions_serves_new_ones(model):
+    few, many = (measure_edited(model, questions, RULES[::6], seed=1) for questions in (1, 46))
+    bare = measure_edited(model, 0, RULES[::6], seed=1)
+    assert many["right"] > 0.85 > 0.5 > few["right"] > bare["right"]
+    assert many["other"] < 0.15  # the edit for another rule
+    assert many["prompted"] == few["prompted"] > 0.95
+    assert bare["right"] == bare["other"] < 0.15
+    with pytest.raises(ValueError, match="questions is 47: 46 are left for the edit"):
+        measure_edited(model, 47)
+
+
+def test_an_untrained_model_agrees_with_its_own_prompted_answers_and_is_wrong():
+    untrained = build(HiddenRuleSettings()).requires_grad_(False).eval()
+    found, bare = (measure_edited(untrained, questions, RULES[::6]) for questions in (46, 0))
+    assert found["agree"] > 0.5 > 0.15 > bare["agree"]
+    assert max(found["right"], found["prompted"]) < 0.15
+
+
+def test_no_question_asked_was_shown_or_is_the_mirror_image_of_one():
+    generator = torch.Generator().manual_seed(0)
+    for rule in RULES:
+        prompts, asked = _draw(rule, generator)
+        new = {tuple(sorted(PAIRS[pair].tolist())) for pair in asked.pair[:, -1]}
+        known = {tuple(sorted(PAIRS[pair].tolist())) for pair in prompts.pair.flatten()}
+        assert len(asked.pair) == 30
+        assert len(prompts.pair) >= MOST_QUESTIONS
+        assert not new & known
+        assert torch.equal(prompts.pair[:1, :-1].expand(30, -1), asked.pair[:, :-1])
+        assert RULES[asked.rule[0]] == rule

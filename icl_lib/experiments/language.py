@@ -1,16 +1,18 @@
-"""Small language models of every architecture, with random weights: what can be verified without any download."""
+"""Small language models with random weights, one for each architecture; and edits made from many questions."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from icl_lib.validation import require_size
 
 VOCABULARY = 97
-"""Tokens that the small models know."""
+"""The number of tokens in the vocabulary of the small models."""
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -37,7 +39,7 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen 2": ("Qwen2Config", _GROUPED),
     "Qwen 3": ("Qwen3Config", {**_GROUPED, "head_dim": 8}),
     "Phi-3": ("Phi3Config", _GROUPED),
-    # With its own embedding as the read-out, a random Gemma repeats the last token whatever stands before it.
+    # With tied embeddings, a Gemma with random weights repeats the last token whatever precedes it.
     "Gemma 3": ("Gemma3TextConfig", {**_GROUPED, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": False}),
     "OLMo 2": ("Olmo2Config", _GROUPED),
     "GPT-NeoX": ("GPTNeoXConfig", _SHAPE),
@@ -57,20 +59,20 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""What tells the architectures apart: the class of the configuration in `transformers`, and its options."""
+"""The architectures: the class of their configuration in `transformers`, and its options."""
 
 
 def small_language_model(
     name: str, dtype: torch.dtype = torch.float64, blocks: int = 6, seed: int = 0, **options: Any
 ) -> nn.Module:
-    """A small model of this architecture, built from its configuration; the same call gives the same weights.
+    """Build a small model of this architecture from its configuration; the same call returns the same weights.
 
-    The weights are random and large enough that the logits are not flat, so that the context matters.
+    The weights are random. They are large enough that the logits differ and depend on the context.
 
     Args:
         name: one of ``LANGUAGE_MODELS``.
-        blocks: how many blocks it has.
-        options: of its configuration, instead of those in ``LANGUAGE_MODELS``.
+        blocks: the number of blocks.
+        options: options of the configuration that replace those in ``LANGUAGE_MODELS``.
 
     Raises `ValueError` for another name. Needs the package `transformers` (the extra ``[llm]``).
 
@@ -96,5 +98,63 @@ def small_language_model(
                 embeds = any(part in path for part in ("embed", "wte", "wpe"))
                 parameter.copy_((0.5 if embeds else 1.5 * parameter.shape[-1] ** -0.5) * torch.randn_like(parameter))
     if name in ("Mixtral", "Qwen 3 MoE"):
-        model.set_experts_implementation("eager")  # the only one that runs in float64
+        model.set_experts_implementation("eager")  # the only implementation that runs in float64
     return model.to(dtype)
+
+
+@torch.no_grad()
+def edited_for_questions(
+    model: nn.Module, examples: Int[Tensor, " n"], questions: Int[Tensor, "m length"], ridge: float = 1e-2
+) -> nn.Module:
+    r"""Copy a Llama and edit its MLPs so that, on these questions alone, it computes about what it does after examples.
+
+    Block by block, with the tokens of all questions as columns, the edits are
+
+    $$\Delta V = V (Z_C - Z_0)\, Z_0^{\lambda}, \qquad \Delta W_\text{down} = \Delta H\, Y^{\lambda}, \qquad
+      R^{\lambda} = R^\top (R R^\top + \lambda s I)^{-1},$$
+
+    where $s$ is the mean eigenvalue of $R R^\top$. As $\lambda \to 0$ they become those of
+    :func:`icl_lib.theorem.joint_weight_update`; with more tokens than a matrix can serve exactly they are ridge
+    regressions. $Z_0$ and $Y$ are read in the copy, whose earlier blocks are edited already. No gradients are taken.
+
+    Args:
+        examples: the token ids that precede every question, and that the edits replace.
+        questions: token ids, one question a row.
+        ridge: $\lambda$.
+    """
+    rows, length = questions.shape
+    with_examples = torch.cat([examples.expand(rows, -1), questions], dim=1)
+    alone = {"input_ids": questions, "position_ids": torch.arange(length).expand(rows, -1) + len(examples)}
+    edited = copy.deepcopy(model)
+    streams, reads = _mlp_inputs(model, length, input_ids=with_examples)
+    for block, layer in enumerate(edited.model.layers):
+        mlp, (stream, read) = layer.mlp, (part[block] for part in _mlp_inputs(edited, length, **alone))
+        for inner in (mlp.gate_proj, mlp.up_proj):
+            inner.weight += _ridge_edit(read, (reads[block] - read) @ inner.weight.mT, ridge)
+        hidden = mlp.act_fn(mlp.gate_proj(read)) * mlp.up_proj(read)
+        mlp.down_proj.weight += _ridge_edit(hidden, streams[block] - stream, ridge)
+    return edited
+
+
+def _mlp_inputs(model: nn.Module, length: int, **call: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The input and the output of each block's norm before the MLP, ``[tokens, width]``, at the last positions."""
+    streams, reads = [], []
+
+    def note(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        for kept, tokens in ((streams, args[0]), (reads, output)):
+            kept.append(tokens[:, -length:].flatten(0, 1))
+
+    hooks = [layer.post_attention_layernorm.register_forward_hook(note) for layer in model.model.layers]
+    try:
+        model(**call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return streams, reads
+
+
+def _ridge_edit(reads: Float[Tensor, "m in_"], changes: Float[Tensor, "m out"], ridge: float) -> Tensor:
+    """The matrix ``[out, in]`` that maps reads to changes, by ridge regression."""
+    gram = reads.mT @ reads
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.linalg.solve(gram, reads.mT @ changes).mT

@@ -1,7 +1,7 @@
-"""The puzzle with a hidden rule, and the small language model that was trained on it."""
+"""The puzzle with a hidden rule, and the small language model trained on it."""
 
 from icl_lib.hidden_rule.checkpoint import export, load_hidden_rule, save_hidden_rule, tokenizer
-from icl_lib.hidden_rule.evaluation import accuracy, measure, measure_swapped, replies
+from icl_lib.hidden_rule.evaluation import accuracy, measure, measure_edited, measure_swapped, replies
 from icl_lib.hidden_rule.reference import agreeing, ambiguous, best_accuracy, identified, posterior
 from icl_lib.hidden_rule.task import (
     ANSWERS,
@@ -39,6 +39,7 @@ __all__ = [
     "load_hidden_rule",
     "losses",
     "measure",
+    "measure_edited",
     "measure_swapped",
     "posterior",
     "replies",
