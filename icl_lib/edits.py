@@ -1,4 +1,4 @@
-"""A linear map with edited weights, one edit for all inputs or one for each batch entry."""
+"""Linear maps with edited weights: one edit for all inputs, or one edit for each batch entry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from icl_lib.validation import require_finite
 
 
 class BatchedLinear(nn.Module):
-    """A linear map with its own weights for each batch entry: ``[*batch, out, in]`` on inputs ``[*batch, in]``."""
+    """A linear map with separate weights ``[*batch, out, in]`` for each entry of its inputs ``[*batch, in]``."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -20,22 +20,22 @@ class BatchedLinear(nn.Module):
         batch = self.weight.shape[:-2] or self.bias.shape[:-1]
         if inputs.shape[:-1] != batch:
             raise ValueError(
-                f"this linear map holds its own weights for each of {tuple(batch)} and reads "
-                f"{tuple(inputs.shape[:-1])} vectors: give inputs of the shape that the edits were made for."
+                f"inputs hold {tuple(inputs.shape[:-1])} vectors, but this linear map has separate weights for "
+                f"{tuple(batch)}: give inputs of the shape that the edits were made for."
             )
         outputs = (self.weight @ inputs.unsqueeze(-1)).squeeze(-1)
         return outputs if self.bias is None else outputs + self.bias
 
 
 def edited_linear(old: nn.Module, weight: LowRank | None = None, bias: Tensor | None = None) -> nn.Module:
-    """A linear map with an update added to its weights; where the update is batched, one map a batch entry."""
+    """Return a linear map with the update added to its weights; a batched update gives a :class:`BatchedLinear`."""
     new_weight = old.weight.detach().clone() if weight is None else old.weight.detach() + weight.dense()
     new_bias = None if old.bias is None else old.bias.detach().clone()
     if bias is not None:
         new_bias = bias.clone() if new_bias is None else new_bias + bias
     for name, values in (("weight", new_weight), ("bias", new_bias)):
         if values is not None:
-            require_finite(f"edited {name}", values, f"the edit is too large for {values.dtype}; use a wider dtype.")
+            require_finite(f"edited {name}", values, f"the edit overflows {values.dtype}; use a wider dtype.")
     if new_weight.ndim == 2 and (new_bias is None or new_bias.ndim == 1):
         out_features, in_features = new_weight.shape
         new = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=new_bias is not None)

@@ -1,6 +1,6 @@
-r"""The edits that replace a context in a whole model, and the model with them: hooked in as factors, or merged.
+r"""The edits that replace a context in a whole model, applied as factors by hooks or merged into a copy's weights.
 
-Made by :func:`icl_lib.absorb.absorb`, which says what they are.
+:func:`icl_lib.absorb.absorb` computes them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class BlockPatch:
     r"""The edits of one block, one for each position.
 
     Attributes:
-        inner: $\Delta W_i$ of each linear map that reads what the MLP reads, by its path in the block:
+        inner: $\Delta W_i$ of each linear map that reads the MLP's input, by its path in the block:
             ``[*batch, positions, out, in]``, of rank one.
-        outer: $\Delta b'_i$ of the bias behind the MLP, ``[*batch, positions, width]``; None for a block without a skip
-            connection.
+        outer: $\Delta b'_i$ of the MLP's output bias, ``[*batch, positions, width]``; None for a block without skip
+            connections.
     """
 
     inner: dict[str, LowRank]
@@ -40,8 +40,8 @@ class BlockPatch:
         return next(iter(self.inner.values()))
 
     def at(self, positions: slice) -> BlockPatch:
-        """The edits at some of the positions, as copies that do not keep the others in memory."""
-        # A factor that all positions share has one entry there; it stays shared.
+        """Return the edits at some of the positions, as copies that do not keep the others in memory."""
+        # A factor that all positions share has a single entry, which stays shared.
         inner = {
             path: LowRank(
                 update.left[..., positions, :, :].clone(),
@@ -52,15 +52,15 @@ class BlockPatch:
         return BlockPatch(inner, None if self.outer is None else self.outer[..., positions, :].clone())
 
     def each_alone(self) -> BlockPatch:
-        """The same edits for positions that are run as sequences of one token: ``[*batch, positions, 1, …]``."""
+        """Return the same edits for positions that run as sequences of one token: ``[*batch, positions, 1, …]``."""
         inner = {path: update[..., None] for path, update in self.inner.items()}
         return BlockPatch(inner, None if self.outer is None else self.outer.unsqueeze(-2))
 
     @contextlib.contextmanager
     def applied(self, block: nn.Module, anatomy: Anatomy) -> Iterator[None]:
-        """Inside the ``with``, the block runs with these edits, kept as factors; a single query serves all positions.
+        """Run the block with these edits inside the ``with``; a single query yields the outputs at all positions.
 
-        The linear maps answer $W z + L (R^\\top z)$: what a map with the weight $W + L R^\\top$ answers.
+        The edits stay factors: a linear map outputs $W z + L (R^\\top z)$, as a map with weight $W + L R^\\top$ does.
         """
         with contextlib.ExitStack() as hooks:
             for path, update in self.inner.items():
@@ -68,24 +68,24 @@ class BlockPatch:
                 hooks.callback(hook.remove)
             if self.outer is not None:
                 outer = self.outer
-                hook = block.get_submodule(anatomy.outer).register_forward_hook(lambda _, __, answer: answer + outer)
+                hook = block.get_submodule(anatomy.outer).register_forward_hook(lambda _, __, output: output + outer)
                 hooks.callback(hook.remove)
             yield
 
 
 def _adding(update: LowRank) -> Callable[..., Tensor]:
-    return lambda _, read, answer: update.addmv(answer, read[0])
+    return lambda _, inputs, output: update.addmv(output, inputs[0])
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """What a context does to a model, as edits of its weights; made by :func:`icl_lib.absorb.absorb`.
+    """The weight edits that replace a context in a model; made by :func:`icl_lib.absorb.absorb`.
 
     Attributes:
         blocks: the edits, block by block.
-        anatomy: where in the model they belong.
-        reference: what the patched blocks are fed, ``query`` or ``self``.
-        first: the position in the sequence of the first edit.
+        anatomy: the places of the edited maps in the model.
+        reference: the input of the patched blocks, ``query`` or ``self``.
+        first: the first position in the sequence that has an edit.
         context_length: number of tokens that the patch replaces.
     """
 
@@ -96,7 +96,7 @@ class Patch:
     context_length: int
 
     def bare(self, inputs: Tensor) -> Tensor:
-        """What the patched model is fed in place of ``inputs`` ``[*batch, n, dim]``.
+        """Return the patched model's input in place of ``inputs`` ``[*batch, n, dim]``.
 
         Reference ``query``: the tokens after the context, ``[*batch, m, dim]``. Reference ``self``: each token as a
         sequence of its own, ``[*batch, positions, 1, dim]``.
@@ -104,27 +104,27 @@ class Patch:
         return without_context(inputs, self.context_length, self.reference, self.first)
 
     def at_query(self) -> Patch:
-        """The edits at the positions after the context alone."""
+        """Return the patch with only the edits at the positions after the context."""
         kept = tuple(block.at(slice(self.context_length - self.first, None)) for block in self.blocks)
         return Patch(kept, self.anatomy, self.reference, self.context_length, self.context_length)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Inside the ``with``, ``model(patch.bare(inputs))`` answers what ``model(inputs)`` answers with the context.
+        """Patch the model inside the ``with``: ``model(patch.bare(inputs))`` outputs what ``model(inputs)`` does.
 
-        Nothing is copied, and the edits are never formed as matrices. The model is as it was afterwards, whatever
-        happens inside. It is the model itself that is patched: for other threads too, and in copies made inside.
+        The model is not copied, and the edits are never formed as matrices. On leaving, also by an exception, the model
+        is restored. Other threads see the patched model too, and copies made inside are patched.
 
-        Raises `ValueError` for a model with other places or sizes (other weights of the same size are not noticed), for
-        one that is patched already, and, inside, for inputs of another shape than the patch was made for.
+        Raises `ValueError` for a model with another anatomy or other sizes, for a model that is already patched, and,
+        inside, for inputs of another shape than the patch was made for. Other weights of the same size are not noticed.
 
         >>> from icl_lib import Transformer, TransformerConfig, absorb
         >>> model = Transformer(TransformerConfig(dim=4, blocks=3, heads=2, norm="pre")).double()
         >>> inputs = torch.randn(9, 4).double()
         >>> patch = absorb(model, inputs, context_length=8)
         >>> with patch.applied(model):
-        ...     answer = model(inputs[8:])
-        >>> torch.allclose(answer, model(inputs)[8:], rtol=1e-12)
+        ...     output = model(inputs[8:])
+        >>> torch.allclose(output, model(inputs)[8:], rtol=1e-12)
         True
         """
         running = self._as_run()
@@ -138,12 +138,12 @@ class Patch:
             yield model
 
     def merged(self, model: nn.Module) -> nn.Module:
-        """A copy of the model with edited weights, which answers ``patch.bare(inputs)`` by its own forward pass.
+        """Return a copy of the model with edited weights, for which ``patch.bare(inputs)`` is the input.
 
-        A single edit gives ordinary linear maps; several give maps that hold one matrix for each batch entry and
-        position, formed in full. Nothing hooks into the copy, and ``model`` is left as it was.
+        A single edit gives ordinary linear maps. Several edits give maps that hold a full matrix for each batch entry
+        and position. The copy needs no hooks, and ``model`` is not changed.
 
-        Raises `ValueError` as :meth:`applied` does, and where an edited weight overflows.
+        Raises `ValueError` as :meth:`applied` does, and if an edited weight overflows.
 
         >>> from icl_lib import Transformer, TransformerConfig, absorb
         >>> model = Transformer(TransformerConfig(dim=4, blocks=3, heads=2)).double()
@@ -159,7 +159,7 @@ class Patch:
         return edited
 
     def _as_run(self) -> tuple[BlockPatch, ...]:
-        """The edits that the whole network needs, in the layout of what it is fed."""
+        """Return the edits for a run of the whole network, in the layout of its input."""
         if self.reference == "query":
             return self.at_query().blocks
         return tuple(block.each_alone() for block in self.blocks)
@@ -167,12 +167,13 @@ class Patch:
     def _pairs(self, model: nn.Module, patches: tuple[BlockPatch, ...]) -> Iterator[tuple[str, nn.Module, BlockPatch]]:
         if anatomy_of(model) != self.anatomy:
             raise ValueError(
-                f"model keeps its parts in other places than {self.anatomy}: patch the model it came from."
+                f"model has the anatomy {anatomy_of(model)} and the patch was made for {self.anatomy}: "
+                "patch the model that it was made from."
             )
         blocks = list(model.get_submodule(self.anatomy.blocks))
         if len(blocks) != len(patches):
             raise ValueError(
-                f"model has {len(blocks)} blocks and the patch {len(patches)}: patch the model it came from."
+                f"model has {len(blocks)} blocks and the patch {len(patches)}: patch the model that it was made from."
             )
         for index, (block, edits) in enumerate(zip(blocks, patches, strict=True)):
             where = f"{self.anatomy.blocks}[{index}]"
@@ -180,8 +181,9 @@ class Patch:
                 weight = block.get_submodule(path).weight
                 if (weight.shape, weight.dtype, weight.device) != (update.shape[-2:], update.dtype, update.device):
                     raise ValueError(
-                        f"{where}.{path} holds {tuple(weight.shape)}, {weight.dtype} on {weight.device} and its edit "
-                        f"is {tuple(update.shape[-2:])}, {update.dtype} on {update.device}: patch the model it is from."
+                        f"{where}.{path} is {tuple(weight.shape)}, {weight.dtype} on {weight.device} and its edit "
+                        f"is {tuple(update.shape[-2:])}, {update.dtype} on {update.device}: patch the model that the "
+                        "patch was made from."
                     )
             yield where, block, edits
 
@@ -190,8 +192,8 @@ def _requiring(shape: torch.Size, where: str) -> Callable[..., None]:
     def check(_: nn.Module, args: tuple[Any, ...]) -> None:
         if args[0].shape[:-1] != shape:
             raise ValueError(
-                f"{where} reads {tuple(args[0].shape[:-1])} tokens and its patch was made for {tuple(shape)}: "
-                "feed the patched model patch.bare(inputs)."
+                f"{where} reads {tuple(args[0].shape[:-1])} tokens, but its patch was made for {tuple(shape)}: "
+                "give the patched model patch.bare(inputs)."
             )
 
     return check
@@ -209,5 +211,5 @@ def _merge(block: nn.Module, edits: BlockPatch, anatomy: Anatomy) -> None:
 
 
 def without_context(stream: Tensor, context_length: int, reference: str, first: int) -> Tensor:
-    """What stands in for a sequence ``[*batch, n, width]`` once its context is gone; see :meth:`Patch.bare`."""
+    """Return the input that replaces a sequence ``[*batch, n, width]`` without its context; see :meth:`Patch.bare`."""
     return stream[..., context_length:, :] if reference == "query" else stream[..., first:, :].unsqueeze(-2)

@@ -1,4 +1,4 @@
-"""A function run over many settings: in parallel, resumable, and nothing that was finished is lost."""
+"""Run a function over many settings in parallel, resume stopped runs, and keep every finished one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from icl_lib.environment import building_book
 from icl_lib.validation import require_size, validated_by
 
 CONNECT_SECONDS = 10
-"""How long a Dask scheduler may take to answer."""
+"""Seconds to wait for a Dask scheduler."""
 
 # The number of threads and the global random generator belong to the process, and a Dask worker may have several
 # threads: runs in one process take turns. Reentrant, for a run that sweeps itself.
@@ -33,7 +33,7 @@ _TURN = threading.RLock()
 
 
 class Checkpoint:
-    """The state of an unfinished run in the file ``path``, so that the run can continue where it was.
+    """The file ``path`` with the state of an unfinished run, from which the run can continue.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -48,32 +48,32 @@ class Checkpoint:
         self.path = Path(path)
 
     def load(self) -> dict | None:
-        """The last saved state, its tensors on the CPU, or None; `ValueError` for a file that is something else."""
+        """Return the last saved state, its tensors on the CPU, or None; raise `ValueError` for any other file."""
         if not self.path.exists():
             return None
         try:
             saved = _unpack(self.path.read_bytes())
             mine = saved.keys() == {"name", "state"} and saved["name"] == self.path.name
-        except Exception:  # what a damaged file raises depends on where the damage is
+        except Exception:  # which exception a damaged file raises depends on the damage
             mine = False
         if not mine:
-            raise ValueError(f"{self.path} is not a checkpoint of this run: delete it, and the run starts anew.")
+            raise ValueError(f"{self.path} is not a checkpoint of this run: delete it to start the run again.")
         return saved["state"]
 
     def save(self, state: dict) -> None:
-        """Replace the saved state at once: tensors, state dicts, numbers, strings, and lists and dicts of these."""
+        """Replace the saved state: tensors, state dicts, numbers, strings, and lists and dicts of these."""
         content = io.BytesIO()
         torch.save({"name": self.path.name, "state": state}, content)
         try:
-            _unpack(content.getvalue())  # rather an error now than a state that proves unreadable when it is needed
+            _unpack(content.getvalue())  # fail now, not when the state is needed
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"state does not load again: give tensors, numbers, strings, lists, dicts. {error}"
+                f"state cannot be loaded again: give tensors, numbers, strings, lists and dicts. {error}"
             ) from error
         _write(self.path, content.getvalue())
 
     def clear(self) -> None:
-        """Remove the saved state, if there is one."""
+        """Delete the saved state, if there is one."""
         self.path.unlink(missing_ok=True)
 
 
@@ -82,8 +82,8 @@ def _unpack(content: bytes) -> Any:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: a process killed at any moment leaves the old one or the new one."""
-    # Each process has its own name for this: a worker whose parent was killed may still be at work on the same run.
+    """Replace a file atomically: a process killed at any moment leaves either the old file or the new one."""
+    # The name contains the process id, since a worker whose parent was killed may still work on the same run.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
@@ -99,7 +99,7 @@ class _Job:
     folder: Path
 
     def identity(self) -> dict:
-        fields = json.loads(json.dumps(asdict(self.settings)))  # as they read from disk, where tuples are lists
+        fields = json.loads(json.dumps(asdict(self.settings)))  # as read from disk, where tuples are lists
         return {"run": f"{self.run.__module__}.{self.run.__qualname__}", "settings": fields}
 
     def path(self) -> Path:
@@ -115,7 +115,9 @@ class _Job:
         except (ValueError, TypeError):
             owned = False
         if not owned or record.keys() != {"run", "settings", "versions", "result"}:
-            raise ValueError(f"{self.path()} is not the record of {self.settings}: delete it, and it is computed anew.")
+            raise ValueError(
+                f"{self.path()} is not the record of {self.settings}: delete it to run these settings again."
+            )
         return record
 
 
@@ -124,23 +126,25 @@ def _checkpoint(record: Path) -> Checkpoint:
 
 
 def _execute(job: _Job, resumable: bool) -> tuple[_Job, dict | None, Exception | None, str]:
-    """The job with its record, or with its exception and traceback: raised here, it would end the other runs too."""
+    """Return the job with its record, or with its exception: an exception raised here would end the other runs too."""
     with _TURN:
         threads = torch.get_num_threads()
-        # How a sum is split among threads decides how it is rounded: with one thread, results depend neither on the
-        # number of cores nor on how many workers share them.
+        # Rounding depends on how a sum is split among threads. With one thread, results depend neither on the number of
+        # cores nor on the number of workers.
         torch.set_num_threads(1)
         try:
             result = job.run(job.settings, _checkpoint(job.path()) if resumable else None)
             if not isinstance(result, dict):
-                raise TypeError(f"{job.run.__name__} returned a {type(result).__name__}: return a dict for JSON.")
+                raise TypeError(
+                    f"{job.run.__name__} returned a {type(result).__name__}: return a dict that JSON can hold."
+                )
             versions = {"icl_lib": version("icl_lib"), "torch": torch.__version__, "python": platform.python_version()}
             return job, json.loads(json.dumps({**job.identity(), "versions": versions, "result": result})), None, ""
         except Exception as error:
-            trace = traceback.format_exc()  # an exception that goes to another process leaves its traceback behind
+            trace = traceback.format_exc()  # pickled exceptions lose their traceback
             try:
                 pickle.loads(pickle.dumps(error))
-            except Exception:  # and some cannot go there at all
+            except Exception:  # and some exceptions cannot be pickled
                 error = RuntimeError(repr(error))
             return job, None, error, trace
         finally:
@@ -151,14 +155,14 @@ def _locally(jobs: list[_Job], workers: int | None) -> Iterator[tuple]:
     import joblib
 
     count = min(workers or joblib.cpu_count(), len(jobs))
-    # Runs batched together would be handed back, and written, only after the last of them.
+    # Runs in one batch would be returned, and written, only after the last of them.
     parallel = joblib.Parallel(count, backend="loky", batch_size=1, return_as="generator_unordered")
     try:
         yield from parallel(joblib.delayed(_execute)(job, True) for job in jobs)
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "a worker process was killed, most often for lack of memory. Finished runs are on disk: run again to "
-            "continue, with fewer workers."
+            "a worker process was killed, often for lack of memory: run again with fewer workers. Finished runs are on "
+            "disk and are not repeated."
         ) from error
 
 
@@ -169,20 +173,20 @@ def _on_cluster(jobs: list[_Job], address: str) -> Iterator[tuple]:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConnectionError(
-            f"no Dask scheduler answers at dask={address!r} within {CONNECT_SECONDS} s: start one (`dask scheduler`)."
+            f"no Dask scheduler at dask={address!r} within {CONNECT_SECONDS} s: start one (`dask scheduler`)."
         ) from error
     with client:
         futures = {client.submit(_execute, job, False, pure=False): job for job in jobs}
         for future in as_completed(futures, loop=client.loop):
             try:
                 yield future.result()
-            except Exception as error:  # no run's own: its workers were killed again and again, or the scheduler left
+            except Exception as error:  # not raised by the run: its workers were killed, or the scheduler left
                 yield futures[future], None, error, ""
 
 
 def _check(run: Any, settings: Any, folder: Any, workers: Any = None, dask: Any = None, progress: bool = True) -> None:
     if not callable(run) or "<" in getattr(run, "__qualname__", "<"):
-        raise ValueError(f"run is {run!r}: give a function defined at the top of a module, where workers find it.")
+        raise ValueError(f"run is {run!r}: give a function at the top level of a module, where workers can import it.")
     if isinstance(settings, str) or not isinstance(settings, Sequence) or not settings:
         raise ValueError(f"settings is {settings!r}: give a list of at least one frozen dataclass instance.")
     seen: dict[Path, int] = {}
@@ -192,16 +196,16 @@ def _check(run: Any, settings: Any, folder: Any, workers: Any = None, dask: Any 
         try:
             same = seen.setdefault(_Job(run, one, Path()).path(), index)
         except TypeError as error:
-            raise ValueError(f"settings[{index}] is {one!r}: keep its fields to what JSON holds. {error}") from error
+            raise ValueError(f"settings[{index}] is {one!r}: use fields that JSON can hold. {error}") from error
         if same != index:
-            raise ValueError(f"settings[{index}] has the same fields as settings[{same}], {one}: leave one out.")
+            raise ValueError(f"settings[{index}] has the same fields as settings[{same}], {one}: remove one of them.")
     place = next(place for place in (Path(folder).resolve(), *Path(folder).resolve().parents) if place.exists())
     if not place.is_dir():
-        raise ValueError(f"folder is {str(folder)!r} but {str(place)!r} is a file: give a folder, which may be new.")
+        raise ValueError(f"folder is {str(folder)!r}, but {str(place)!r} is a file: give a new or existing folder.")
     if workers is not None:
         require_size("workers", workers)
         if dask is not None:
-            raise ValueError(f"workers is {workers}, but workers at dask={dask!r} are started there: leave one out.")
+            raise ValueError(f"workers is {workers} and dask is {dask!r}, which has its own workers: give only one.")
     package, extra = ("joblib", "figures") if dask is None else ("distributed", "cluster")
     try:
         import_module(package)
@@ -218,7 +222,7 @@ def sweep(
     dask: str | None = None,
     progress: bool = True,
 ) -> list[dict]:
-    """Run a function over settings; each record is in its file as soon as its run is done, and is never run again.
+    """Run a function over many settings; each record is written when its run is done, and is not computed again.
 
     >>> import tempfile
     >>> @dataclass(frozen=True)
@@ -233,30 +237,32 @@ def sweep(
     ([{'value': 4}, {'value': 9}], {'base': 3, 'exponent': 2})
 
     Args:
-        run: called as ``run(settings, checkpoint)`` with one PyTorch thread; gives a dict for JSON. It takes its seed
-            from ``settings`` and may keep a long run's state in ``checkpoint``, a :class:`Checkpoint` or None.
+        run: called as ``run(settings, checkpoint)`` with one PyTorch thread; returns a dict that JSON can hold. It
+            takes its seed from ``settings``. It may save the state of a long run in ``checkpoint``, a
+            :class:`Checkpoint` or None.
         settings: instances of frozen dataclasses, no two with the same fields.
-        folder: of the records, ``<function>-<hash of function and fields>.json``, and of the checkpoints beside them.
-            Two sweeps at once may share it unless they share settings.
-        workers: processes on this machine, one per core unless given; 1 stays in this process.
+        folder: the folder of the records, ``<function>-<hash of function and fields>.json``, and of the checkpoints.
+            Two sweeps may use it at the same time if they have no settings in common.
+        workers: number of processes on this machine, by default one per core; 1 runs in this process.
         dask: address of a Dask scheduler, whose workers need this library and ``run``'s module, but not ``folder``.
-            Their disks are not this one: ``checkpoint`` is None, and a run whose worker is lost starts again elsewhere.
-            Runs in one worker process take turns: start workers with ``--nthreads 1``.
+            They have other disks, so ``checkpoint`` is None, and a run whose worker is lost starts again elsewhere.
+            Runs in one worker process take turns, so start workers with ``--nthreads 1``.
         progress: show a progress bar (never while the book is built).
 
     Returns the records in the order of ``settings``: dicts of ``run``, ``settings``, ``versions`` and ``result``.
 
-    Raises `ValueError` for a file that is not the record of its settings, which is never overwritten; `ConnectionError`
-    without a scheduler; and `RuntimeError` naming the settings of a run that failed, once all others are done.
+    Raises `ValueError` for a file that is not the record of its settings, and does not overwrite it. Raises
+    `ConnectionError` without a scheduler. If runs fail, raises `RuntimeError` with the settings of the first after all
+    others are done.
 
-    Dask is given the runs by its own client. Joblib's backend for it (1.6.0) waits forever for a run that kills its
-    workers again and again, and on a cluster of one core runs everything in the calling process instead.
+    Runs go to Dask through its own client. Joblib's backend for Dask (1.6.0) waits forever for a run that repeatedly
+    kills its workers, and on a cluster of one core it runs everything in the calling process.
     """
     jobs = [_Job(run, one, Path(folder).resolve()) for one in settings]
     jobs[0].folder.mkdir(parents=True, exist_ok=True)
     records = {job.path(): record for job in jobs if (record := job.read()) is not None}
     missing = [job for job in jobs if job.path() not in records]
-    # What a killed process may have left: half a file, and the checkpoint of a run whose record was written.
+    # A killed process may have left a partial file, and the checkpoint of a run whose record was written.
     for half in jobs[0].folder.glob("*.tmp"):
         if half.name.split(".")[0] in {job.path().stem for job in jobs}:
             half.unlink(missing_ok=True)
@@ -280,6 +286,6 @@ def sweep(
         job, error, trace = failed[0]
         raise RuntimeError(
             f"{len(failed)} of {len(jobs)} runs failed, first with {job.settings}: {type(error).__name__}: {error}\n"
-            f"The others are in {job.folder}: running again continues with what is missing.\n{trace}"
+            f"The other records are in {job.folder}: run again to compute only the missing ones.\n{trace}"
         ) from error
     return [records[job.path()] for job in jobs]

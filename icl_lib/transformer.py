@@ -1,4 +1,4 @@
-r"""The papers' small transformer: one short model with the options that their experiments switch on and off."""
+r"""The papers' small transformer, with the options that their experiments vary."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class TransformerConfig:
 
     Attributes:
         dim: width of a token as the model receives and returns it.
-        width: width of the residual stream; None for ``dim``, with no embedding and no read-out in between.
+        width: width of the residual stream; None for ``dim``, without linear maps into and out of the stream.
         blocks: number of blocks.
         heads: attention heads in a block.
         head_dim: width of a head; None for ``width / heads``.
         hidden: width of the MLP's hidden layers; None for four times ``width``.
         hidden_layers: number of hidden layers in an MLP.
         activation: the MLP's nonlinearity, ``gelu`` or ``relu``.
-        skip: residual connections around the attention and around the MLP.
-        norm: where LayerNorm stands: before each sublayer (``pre``), after it (``post``), or nowhere (``none``).
-        causal: whether a token sees only itself and the tokens before it.
+        skip: skip connections around the attention and around the MLP.
+        norm: layer norm before each sublayer (``pre``), after it (``post``), or nowhere (``none``).
+        causal: whether a token attends only to itself and to the tokens before it.
 
-    Raises `ValueError` for a size that is not positive or does not divide, naming it.
+    Raises `ValueError`, with the name, for a value that is not allowed or a number of heads that does not divide.
     """
 
     dim: int
@@ -56,14 +56,14 @@ class TransformerConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give True or False.")
         if self.head_dim is None and self.stream % self.heads:
-            raise ValueError(f"heads={self.heads} does not divide the width {self.stream}: give head_dim.")
+            raise ValueError(f"heads={self.heads} does not divide the width {self.stream}: give head_dim as well.")
         for name, allowed in (("activation", tuple(_ACTIVATIONS)), ("norm", ("none", "pre", "post"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
 
     @property
     def stream(self) -> int:
-        """Width of the residual stream."""
+        """The width of the residual stream."""
         return self.width or self.dim
 
 
@@ -71,8 +71,10 @@ _ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Block(nn.Module):
-    r"""Attention, then an MLP; with pre-norm and skips
-    $h = t + A(\mathrm{LN}(t)),\; T(t) = h + \mathrm{mlp}(\mathrm{LN}'(h))$.
+    r"""Attention, then an MLP.
+
+    With layer norm before each and skip connections, $h = t + A(\mathrm{LN}(t))$ and
+    $T(t) = h + \mathrm{mlp}(\mathrm{LN}'(h))$.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -92,12 +94,15 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width) if with_norm else nn.Identity()
 
     def forward(self, stream: Float[Tensor, "*batch n width"]) -> Float[Tensor, "*batch positions width"]:
-        """The stream after this block; where a patch has an edit for each of many positions, one token serves all."""
+        """Return the stream after this block.
+
+        If a patch has edits for many positions, the output has all of these positions, also for an input of one token.
+        """
         stream = self._sublayer(self._attend, self.norm_attention, stream)
         return self._sublayer(self.mlp, self.norm_mlp, stream)
 
     def at_query(self, stream: Float[Tensor, "*batch n width"]) -> Float[Tensor, "*batch 1 width"]:
-        """The last position of :meth:`forward`, for the price of one position."""
+        """Return the last position of :meth:`forward`, and compute only this position."""
         stream = self._sublayer(self._attend_from_query, self.norm_attention, stream)
         return self._sublayer(self.mlp, self.norm_mlp, stream)
 
@@ -118,14 +123,14 @@ def _check_sequence(model: Transformer, sequence: Any) -> None:
     require_same_kind("the model", next(model.parameters()), sequence=sequence)
     if sequence.shape[-1] != model.config.dim or sequence.shape[-2] == 0:
         raise ValueError(
-            f"sequence has shape {tuple(sequence.shape)}: this model reads [*batch, n, {model.config.dim}] with n ≥ 1."
+            f"sequence has shape {tuple(sequence.shape)}: give [*batch, n, {model.config.dim}] with n ≥ 1."
         )
 
 
 class Transformer(nn.Module):
-    """A stack of blocks, with linear maps into and out of the residual stream where its width differs from a token's.
+    """A stack of blocks; if ``config.width`` is given, with linear maps into and out of the residual stream.
 
-    No positions: in-context regression examples come in no order.
+    There is no positional encoding, since the examples of in-context regression have no order.
 
     >>> import torch
     >>> model = Transformer(TransformerConfig(dim=3, width=32, heads=8, hidden=128, skip=False))
@@ -143,7 +148,7 @@ class Transformer(nn.Module):
 
     @validated_by(_check_sequence)
     def forward(self, sequence: Float[Tensor, "*batch n dim"]) -> Float[Tensor, "*batch n dim"]:
-        """The model's output at every position."""
+        """Return the model's output at every position."""
         stream = self.embed(sequence)
         for block in self.blocks:
             stream = block(stream)
@@ -151,7 +156,7 @@ class Transformer(nn.Module):
 
     @validated_by(_check_sequence)
     def at_query(self, sequence: Float[Tensor, "*batch n dim"]) -> Float[Tensor, "*batch dim"]:
-        """The output at the last position alone: the last block is computed there and nowhere else.
+        """Return the output at the last position; the last block is computed only there.
 
         >>> import torch
         >>> model, sequence = Transformer(TransformerConfig(dim=4, blocks=2, norm="pre")), torch.randn(7, 4)
@@ -164,13 +169,12 @@ class Transformer(nn.Module):
         return self.unembed(self.blocks[-1].at_query(stream)).squeeze(-2)
 
     def contextual_block(self) -> ContextualBlock:
-        r"""A model of one block without skips and norms, read at the last position, as $f_\theta(W A(C, x) + b)$.
+        r"""Return a model of one block, without skip connections and norms, as $f_\theta(W A(C, x) + b)$.
 
-        $A$ is the embedding and the attention, $f_θ$ the rest of the MLP and the read-out. The parameters are the
-        model's own, not copies.
+        $A$ is the embedding and the attention at the last position. $f_\theta$ is the rest of the MLP and the last
+        linear map. The parameters are the model's own, not copies.
 
-        Raises `ValueError` for a model of another form: its blocks see the query by a second way, so the plain theorem
-        does not cover them.
+        Raises `ValueError` for a model of another form, which the theorem for one contextual block does not cover.
 
         >>> import torch
         >>> model = Transformer(TransformerConfig(dim=3, width=8, heads=2, skip=False))
@@ -190,8 +194,8 @@ class Transformer(nn.Module):
         config = self.config
         if config.blocks != 1 or config.skip or config.norm != "none":
             raise ValueError(
-                f"blocks={config.blocks}, skip={config.skip}, norm={config.norm!r}: "
-                "only a model with blocks=1, skip=False, norm='none' is a single contextual block."
+                f"blocks={config.blocks}, skip={config.skip}, norm={config.norm!r}: only a model with blocks=1, "
+                "skip=False and norm='none' is a single contextual block. Build one, or use icl_lib.absorb."
             )
 
 
@@ -208,5 +212,5 @@ class _Embedded(nn.Module):
 
     @validated_by(check_layer_prompt)
     def average(self, context: Tensor, query: Tensor) -> RunningAverage:
-        """The average that the layer behind the embedding takes."""
+        """Return the running average of the layer behind the embedding."""
         return self.layer.average(self.embed(context), self.embed(query))

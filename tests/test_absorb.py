@@ -246,10 +246,10 @@ GOOD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
         ({"inputs": [[0.0]]}, "inputs is a list"),
         ({"inputs": GOOD[0]}, r"inputs has shape \(8,\)"),
         ({"inputs": GOOD.float()}, "sequence.dtype is torch.float32"),
-        ({"inputs": GOOD[:, :5]}, r"sequence has shape \(6, 5\): this model reads"),
+        ({"inputs": GOOD[:, :5]}, r"sequence has shape \(6, 5\): give"),
         ({"inputs": NAN}, r"inputs\[2, 3\] is nan"),
         ({"inputs": GOOD[:1]}, "inputs hold 1 token"),
-        ({"inputs": GOOD[None][:0]}, r"inputs have shape \(0, 6, 8\): there is no prompt"),
+        ({"inputs": GOOD[None][:0]}, r"inputs have shape \(0, 6, 8\), which holds no prompt"),
         ({"context_length": 0}, "context_length is 0 and inputs hold 6 tokens: at least one token must be replaced"),
         ({"context_length": 6}, "context_length is 6 .* give 1 … 5"),
         ({"context_length": -1}, "context_length is -1"),
@@ -257,7 +257,7 @@ GOOD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
         ({"context_length": 2.0}, "context_length is 2.0"),
         ({"reference": "token"}, "reference is 'token': choose 'query' or 'self'"),
         ({"positions": "last"}, "positions is 'last'"),
-        ({"context_length": 3, "positions": "all"}, "only a single query can stand in for every position"),
+        ({"context_length": 3, "positions": "all"}, "only a single query can replace every position"),
     ],
 )
 def test_bad_arguments_are_named(change, says):
@@ -310,7 +310,7 @@ def test_a_merged_model_refuses_what_its_edits_were_not_made_for():
     model, inputs = lively(), torch.randn(2, 6, 8).double()
     edited = absorb(model, inputs, 5).merged(model)
     for wrong in (inputs, inputs[:1, 5:], inputs[0]):
-        with pytest.raises(ValueError, match=r"its own weights for each of \(2, 1\) and reads"):
+        with pytest.raises(ValueError, match=r"separate weights for \(2, 1\): give inputs"):
             edited(wrong)
 
 
@@ -358,9 +358,9 @@ def test_blocks_that_write_to_their_input(monkeypatch):
     ("other", "says"),
     [
         (lively(blocks=2), "model has 2 blocks and the patch 3"),
-        (lively(dim=4), r"blocks\[0\]\.mlp\.0 holds \(16, 4\).* and its edit is \(32, 8\)"),
+        (lively(dim=4), r"blocks\[0\]\.mlp\.0 is \(16, 4\).* and its edit is \(32, 8\)"),
         (lively().float(), "torch.float32 on cpu and its edit"),
-        (lively(skip=False), "model keeps its parts in other places"),
+        (lively(skip=False), "model has the anatomy .* and the patch was made for"),
     ],
 )
 def test_a_patch_for_another_model_is_refused(other, says):

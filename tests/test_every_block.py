@@ -259,4 +259,6 @@ def test_the_figure_of_errors_by_depth_tells_both_errors_and_the_control():
     alt = plots.errors_by_depth([2, 32], whole, block, [0.3, 2.0], "no norm").alt
     assert "float64: whole network from 2e-16 to 9e-16, one block at most 3e-16" in alt
     assert "Without edits at least 0.3" in alt
-    assert "one block at most 2e-16" in plots.errors_by_depth([2, 32], whole, {"float64": [2e-16] * 2}, [1, 1], "").alt
+    assert (
+        "one block at most 2e-16" in plots.errors_by_depth([2, 32], whole, {"float64": [2e-16] * 2}, [1.0, 1.0], "").alt
+    )

@@ -70,7 +70,7 @@ def test_contextual_block_shares_the_model():
 @pytest.mark.parametrize(
     ("sequence", "says"),
     [
-        (torch.zeros(5, 3), r"sequence has shape \(5, 3\): this model reads \[\*batch, n, 4\]"),
+        (torch.zeros(5, 3), r"sequence has shape \(5, 3\): give \[\*batch, n, 4\]"),
         (torch.zeros(0, 4), "n ≥ 1"),
         (torch.zeros(4), r"sequence has shape \(4,\)"),
         (torch.zeros(5, 4).double(), "sequence.dtype is torch.float64"),
