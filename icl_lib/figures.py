@@ -7,7 +7,7 @@ A drawing function is three lines: open a :func:`figure`, draw, return a :class:
 >>> Figure(fig, alt="A curve that falls from 1 to 0.1.")
 Figure('A curve that falls from 1 to 0.1.')
 
-No mathematics here: what a picture shows was computed elsewhere.
+There is no mathematics here: a picture shows what was computed elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 from icl_lib.theorem import weight_update
 
 INK = "#000000"
-"""Black stands for the ink, which a :class:`Figure` draws in the text colour of the page, whatever that is."""
+"""A :class:`Figure` draws everything that is black in the text colour of the page."""
 
 COLOURS = {
     "blue": "#2b7fc4",
@@ -41,8 +41,8 @@ COLOURS = {
     "ochre": "#a97f10",
     "grey": "#808080",
 }
-"""The series colours in their order; each has a contrast of 3 against white and dark pages, and colour-blind readers
-can tell them apart."""
+"""The colours of the series, in order. Each has a contrast of at least 3 with white and with dark pages. Colour-blind
+readers can tell the first three apart."""
 
 STYLE = {
     "axes.edgecolor": INK,
@@ -67,11 +67,16 @@ STYLE = {
 }
 """The matplotlib settings of every picture; :func:`figure` applies them."""
 
-# A file opened by itself, or shown by a code host, has no page to take its ink and font from.
+# A file opened by itself, or shown by a code host, has no page that sets its text colour and font.
 _STANDALONE = (
     "<style>svg{color:#1f2328;font-family:system-ui,sans-serif}"
     "@media(prefers-color-scheme:dark){svg{color:#d1d7e0}}</style>"
 )
+
+
+# The rule that matplotlib writes applies to every element of the page, which is slow. The root element says the same.
+_GLOBAL_STYLE = r'<defs>\s*<style type="text/css">\*\{stroke-linejoin: round; stroke-linecap: butt\}</style>\s*</defs>'
+_STROKES = 'stroke-linejoin="round" stroke-linecap="butt"'
 
 
 @contextlib.contextmanager
@@ -80,8 +85,8 @@ def figure(
 ) -> Iterator[tuple[MatplotlibFigure, Any]]:
     """A styled matplotlib figure and its axes (one, or an array of them) to draw on inside the ``with`` block.
 
-    It stays out of pyplot's global state, so nothing has to be closed. ``width`` and ``height`` are in inches at the
-    size of the text; the page scales a picture down to fit, never up. Further arguments go to matplotlib's
+    The figure is not registered with pyplot, so it needs no closing. ``width`` and ``height`` are in inches. The page
+    scales a picture down if it is too wide, and never scales it up. Further arguments go to matplotlib's
     ``Figure.subplots`` (``sharex``, ``width_ratios``, …).
 
     >>> with figure(rows=1, columns=2, sharey=True) as (fig, (left, right)):
@@ -95,15 +100,16 @@ def figure(
 class Figure:
     """A matplotlib figure as inline SVG, ready for a page, a notebook or a file.
 
-    The ink follows the surrounding text colour, so one picture serves light and dark themes. The same drawing gives the
-    same bytes: no date, no counter, and identifiers prefixed by a hash of the content, so that two pictures on a page
-    never share one by accident.
+    Black is drawn in the surrounding text colour, so one picture serves light and dark themes. The same drawing always
+    gives the same bytes: it contains no date and no counter. Its identifiers begin with a hash of the content, so two
+    different pictures on a page share none. It contains no style sheet either: one inside an SVG would apply to the
+    whole page.
 
     Args:
-        fig: the matplotlib figure. One made with pyplot is closed, so that a notebook does not show it twice.
+        fig: the matplotlib figure. A figure made with pyplot is closed, so that a notebook does not show it twice.
         alt: what the picture shows, in words, for readers who cannot see it.
 
-    Raises `ValueError` if ``fig`` is no matplotlib figure or ``alt`` is empty.
+    Raises `ValueError` if ``fig`` is not a matplotlib figure or ``alt`` is empty.
 
     >>> with figure() as (fig, ax):
     ...     _ = ax.plot([0, 1])
@@ -127,12 +133,12 @@ class Figure:
         return f"Figure({self.alt!r})"
 
     def save(self, path: str | Path) -> None:
-        """Write a standalone SVG file, which follows the reader's light or dark setting too."""
+        """Write a standalone SVG file, which also follows the reader's light or dark setting."""
         Path(path).write_text(self.svg.replace(">", f">{_STANDALONE}", 1) + "\n", encoding="utf-8")
 
 
 class Row:
-    """Pictures side by side, and below each other where the page is narrow, so that none is scaled down to a stamp.
+    """Pictures side by side, or one below the other where the page is too narrow for that.
 
     >>> with figure(width=3) as (fig, ax):
     ...     _ = ax.plot([0, 1])
@@ -156,7 +162,7 @@ def _draw(fig: MatplotlibFigure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "icl_lib"}):
         fig.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
     if getattr(fig, "number", None) is not None:
-        from matplotlib import pyplot  # only a pyplot figure has a number, so pyplot is loaded already
+        from matplotlib import pyplot  # only a figure of pyplot has a number, so pyplot is already imported
 
         pyplot.close(fig)
     text = buffer.getvalue()
@@ -164,8 +170,9 @@ def _draw(fig: MatplotlibFigure) -> str:
 
 
 def _themed(svg: str, alt: str) -> str:
-    """The same picture in the page's ink and font, with its own identifiers and only the digits one can see."""
+    """The same picture in the page's text colour and font, with identifiers of its own and coordinates rounded."""
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(_GLOBAL_STYLE, "", svg, count=1)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     svg = svg.replace(INK, "currentColor")
     svg = re.sub(r'\b(?:d|x|y|transform)="(?!matrix|scale)[^"]*"', lambda m: re.sub(r"(\.\d{2})\d+", r"\1", m[0]), svg)
@@ -178,20 +185,19 @@ def _themed(svg: str, alt: str) -> str:
     svg = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     style = f"width:{float(width) * 4 / 3:.0f}px;max-width:100%;height:auto;display:block;margin:auto"
-    head = f'<svg role="img" aria-label="{html.escape(alt)}" fill="currentColor" style="{style}" '
+    head = f'<svg role="img" aria-label="{html.escape(alt)}" fill="currentColor" {_STROKES} style="{style}" '
     return svg.replace("<svg ", head, 1)
 
 
 PLANE_EXAMPLE = {"W": ((1.0, 0.5), (-0.3, 0.9)), "a": (1.5, 0.4), "d": (-0.6, 1.0)}
-"""The layer and the activations that :class:`~icl_lib.widgets.Playground` starts from, and the README shows."""
+"""The layer and the activations that :class:`~icl_lib.widgets.Playground` starts from and that the README shows."""
 
 
 def rank_one_picture(W: Any, a: Any, d: Any) -> Figure:
     r"""What a prompt does to a layer of two units, and the rank-one edit that does the same: two planes side by side.
 
-    Left, what the layer reads: ``a`` ($a_0$, without the context) and ``a + d`` ($a_C$, with it). Right, what it
-    makes of them: $W a_0$, $W a_C$ and $(W + \Delta W)\,a_0$, with $\Delta W$ from
-    :func:`icl_lib.theorem.weight_update`.
+    Left, the inputs of the layer: ``a`` ($a_0$, without the context) and ``a + d`` ($a_C$, with it). Right, its
+    outputs: $W a_0$, $W a_C$ and $(W + \Delta W)\,a_0$, with $\Delta W$ from :func:`icl_lib.theorem.weight_update`.
 
     Shapes: ``W`` ``[2, 2]``, ``a`` and ``d`` ``[2]``; anything that `torch.as_tensor` takes. Raises `ValueError` for
     other shapes, for numbers that are not finite and for a zero ``a``.
@@ -200,27 +206,40 @@ def rank_one_picture(W: Any, a: Any, d: Any) -> Figure:
     'Two planes. Left, the input: a'
     """
     W, a, d = (plane_array(name, value) for name, value in (("W", W), ("a", a), ("d", d)))
-    weight, a_0, a_C = (torch.as_tensor(value) for value in (W, a, a + d))
-    edited = (weight + weight_update(weight, a_0, a_C).dense()) @ a_0
-    with figure(width=6.6, height=3.1, columns=2) as (fig, (left, right)):
-        _plane(left, "what the layer reads", 1.15 * max(np.abs(a).max(), np.abs(a + d).max()))
-        _arrow(left, a, COLOURS["blue"], "$a_0$")
-        _arrow(left, a + d, COLOURS["vermillion"], "$a_C$")
-        _arrow(left, a + d, INK, "δ", start=a, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
-        _plane(right, "what it makes of them", 1.15 * max(np.abs(W @ a).max(), np.abs(W @ (a + d)).max()))
-        _arrow(right, W @ a, COLOURS["blue"], "$W a_0$")
-        _arrow(right, W @ (a + d), COLOURS["vermillion"], "", arrowstyle="-", linewidth=7, alpha=0.4)
-        _arrow(right, edited.numpy(), COLOURS["green"], "$W a_C = (W + ΔW)\\, a_0$")
-    at_C, at_0 = (", ".join(f"{x:.2f}" for x in v) for v in (a + d, a))
+    with figure(width=6.6, height=3.1, columns=2) as (fig, planes):
+        draw_rank_one(planes, W, a, d)
+    a_0, a_C, Wa_0, Wa_C = (f"({v[0]:.2f}, {v[1]:.2f})" for v in (a, a + d, W @ a, W @ (a + d)))
     return Figure(
         fig,
-        f"Two planes. Left, the input: a₀ = ({at_0}) without the context, a_C = ({at_C}) with it. Right, the output: "
-        "the edited weights W + ΔW send a₀ exactly to where W sends a_C, away from W a₀.",
+        f"Two planes. Left, the input: a₀ = {a_0} without the context, a_C = {a_C} with it. Right, the output: W a₀ = "
+        f"{Wa_0} without the edit; with it, (W + ΔW) a₀ = W a_C = {Wa_C}.",
     )
 
 
+def draw_rank_one(planes: Any, W: Any, a: Any, d: Any) -> None:
+    """Draw :func:`rank_one_picture` on two axes of matplotlib's.
+
+    >>> with figure(columns=2) as (fig, planes):
+    ...     draw_rank_one(planes, **PLANE_EXAMPLE)
+    >>> planes[1].get_title(loc="left")
+    'what the layer outputs'
+    """
+    left, right = planes
+    W, a, d = (plane_array(name, value) for name, value in (("W", W), ("a", a), ("d", d)))
+    weight, a_0, a_C = (torch.as_tensor(value) for value in (W, a, a + d))
+    edited = (weight + weight_update(weight, a_0, a_C).dense()) @ a_0
+    _plane(left, "what the layer reads", 1.15 * max(np.abs(a).max(), np.abs(a + d).max()))
+    _arrow(left, a, COLOURS["blue"], "$a_0$")
+    _arrow(left, a + d, COLOURS["vermillion"], "$a_C$")
+    _arrow(left, a + d, INK, "δ", start=a, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
+    _plane(right, "what the layer outputs", 1.15 * max(np.abs(W @ a).max(), np.abs(W @ (a + d)).max()))
+    _arrow(right, W @ a, COLOURS["blue"], "$W a_0$")
+    _arrow(right, W @ (a + d), COLOURS["vermillion"], "", arrowstyle="-", linewidth=7, alpha=0.4)
+    _arrow(right, edited.numpy(), COLOURS["green"], "$W a_C = (W + ΔW)\\, a_0$")
+
+
 def plane_array(name: str, value: Any) -> np.ndarray:
-    """``W`` as a ``[2, 2]`` array of finite numbers, ``a`` or ``d`` as ``[2]``; otherwise a `ValueError` names it.
+    """``W`` as a ``[2, 2]`` array of finite numbers, ``a`` or ``d`` as ``[2]``. Raises `ValueError` for anything else.
 
     >>> plane_array("a", (1, 2))
     array([1., 2.])

@@ -1,4 +1,4 @@
-"""Figures: the same bytes every time, the page's colours, and errors that say what to do."""
+"""Figures: the same bytes every time, the page's colours, and errors that name a remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from icl_lib.figures import COLOURS, INK, PLANE_EXAMPLE, Figure, figure, plane_array, rank_one_picture
+from icl_lib.figures import COLOURS, INK, PLANE_EXAMPLE, Figure, _draw, figure, plane_array, rank_one_picture
 
 
 def curve(slope: float = 1.0, alt: str = "a line") -> Figure:
@@ -47,6 +47,34 @@ def test_references_stay_inside_the_figure():
     used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg)
     assert used
     assert {a or b for a, b in used} == identifiers(svg)
+
+
+def drawn_in(page, svg: str) -> list[int]:
+    """The pixels of a picture on a white page."""
+    page.set_content(f"<body style='margin:0;background:white'>{svg}</body>")
+    return list(page.locator("svg").screenshot())
+
+
+def test_a_picture_styles_nothing_outside_itself(browser):
+    """A style sheet in an inline SVG applies to the whole page, and each frame of an explorer would restyle it."""
+    with figure(width=4, height=2) as (fig, ax):
+        ax.plot([0, 1, 2, 1.9], [0, 1, 0, 1], marker="v", linewidth=9)
+        ax.bar([0, 1], [1, 2], hatch="//", edgecolor=INK)
+        ax.scatter([0.2, 0.4], [0.5, 1.5], marker="x", linewidth=5)
+        ax.errorbar([1, 2], [1, 1], yerr=0.3, capsize=5)
+    rule = re.search(r"<style.*?</style>", _draw(fig))
+    assert rule, "the control: matplotlib writes no style sheet, and nothing need be removed"
+    svg = Figure(fig, "lines with ends and corners").svg
+    assert "<style" not in svg
+    root = re.search(r"<svg [^>]*>", svg)[0]
+    with_rule = svg.replace(root, root + rule[0])
+    bare = svg.replace('stroke-linejoin="round"', "", 1)
+    page = browser.new_page()
+    try:
+        assert drawn_in(page, svg) == drawn_in(page, with_rule)
+        assert drawn_in(page, bare) != drawn_in(page, with_rule), "the control: without the attributes corners differ"
+    finally:
+        page.close()
 
 
 def test_ink_follows_the_page_and_series_keep_their_colours():

@@ -1,8 +1,8 @@
-// The controls of explore() over frames that were drawn when the page was built.
+// The controls of explore(), and the frames that were drawn when the page was built.
 //
 // The state is {controls: [{label, kind, options, at}], frames: [html, …], order: [frame of each combination, the
-// last control fastest]}. The frame shown without JavaScript is already in the page: its place in `frames` is null.
-// Conventions as in playground.mjs: no imports, `export default` as the last statement.
+// last control fastest]}. In `frames`, null stands for the frame shown without JavaScript, which is in the page already.
+// As in playground.mjs: no imports, and `export default` as the last statement.
 
 const make = (tag, attributes = {}, ...children) => {
   const node = document.createElement(tag);
@@ -11,7 +11,14 @@ const make = (tag, attributes = {}, ...children) => {
   return node;
 };
 
-let groups = 0; // radio buttons need a name of their own
+let groups = 0; // each group of radio buttons needs its own name
+
+/** A text for screen readers: the alternative texts of the pictures below a node, or else its own text. */
+const words = (node) => {
+  const pictures = [...node.querySelectorAll("[role=img], img")];
+  const texts = pictures.map((picture) => picture.getAttribute("aria-label") ?? picture.getAttribute("alt") ?? "");
+  return texts.filter(Boolean).join(" ") || node.textContent;
+};
 
 const KINDS = {
   slider({ label, options, at }, change) {
@@ -23,7 +30,7 @@ const KINDS = {
       range.setAttribute("aria-valuetext", options[range.value]);
       change(Number(range.value));
     });
-    // Room for the longest value, so that the slider keeps its length while it moves.
+    // There is room for the longest value, so the slider does not change its length while it moves.
     shown.style.minWidth = `${Math.max(...options.map((text) => text.length))}ch`;
     return make("label", { class: "icl-slider" }, make("span", {}, label), range, shown);
   },
@@ -58,19 +65,25 @@ function render({ model, el, fallback }) {
   const frames = model.get("frames").map((html) => html ?? fallback.querySelector(".icl-frame").innerHTML);
   const at = controls.map((control) => control.at);
   const frame = make("div", { class: "icl-frame" });
-  let shown = null;
+  // Hidden from sight. A screen reader reads aloud what changes in it.
+  const live = make("div", { class: "icl-live", "aria-live": "polite" });
+  let [shown, timer] = [null, null];
   const show = () => {
     const next = order[at.reduce((sum, i, k) => sum * controls[k].options.length + i, 0)];
     if (next === shown) return;
-    // A frame that is lower than the last one must not make the page jump under the reader's hand.
+    const first = shown === null;
+    // A frame lower than the last one must not make the page jump while the reader moves a control.
     frame.style.minHeight = `${Math.max(parseFloat(frame.style.minHeight) || 0, frame.offsetHeight)}px`;
     frame.innerHTML = frames[(shown = next)];
     frame.dataset.frame = next;
     if (frame.querySelector(".math")) window.MathJax?.typesetPromise?.([frame]);
+    // Only the frame at which a slider comes to rest is announced, and not the one that the page starts with.
+    clearTimeout(timer);
+    if (!first) timer = setTimeout(() => (live.textContent = words(frame)), 300);
   };
   const nodes = controls.map((control, k) => KINDS[control.kind](control, (i) => ((at[k] = i), show())));
   el.classList.add("icl-explore");
-  el.replaceChildren(make("div", { class: "icl-controls" }, ...nodes), frame);
+  el.replaceChildren(make("div", { class: "icl-controls" }, ...nodes), frame, live);
   show();
   window.addEventListener("resize", () => (frame.style.minHeight = ""));
 }

@@ -1,5 +1,5 @@
-// The host of the modules on a page without a kernel: the same `render({model, el})` that anywidget calls, with a model
-// that lives in the page. `modules` is what the page's bundle has collected before this.
+// The host of the modules on a page without a kernel. It calls `render({model, el})` as anywidget does, with a model that
+// is kept in the page. The bundle defines `modules` before this.
 class PageModel {
   #state;
   #listeners = new Map();
@@ -14,7 +14,7 @@ class PageModel {
     this.#changed.add(name);
   }
   #changed = new Set();
-  // As with anywidget, one call after several changes; a listener to all of them then draws once.
+  // As in anywidget, listeners run once after several changes, so a listener to all of them draws once.
   save_changes() {
     const called = new Set([...this.#changed].flatMap((name) => this.#listeners.get(`change:${name}`) ?? []));
     this.#changed.clear();
@@ -36,6 +36,6 @@ for (const place of document.querySelectorAll(".icl-widget[data-widget]")) {
     place.replaceChildren(el);
     place.dataset.ready = "true";
   } catch (error) {
-    console.error(`The widget ${place.dataset.widget} could not start; its drawn version stays.`, error);
+    console.error(`The widget ${place.dataset.widget} could not start; the page keeps its static picture.`, error);
   }
 }

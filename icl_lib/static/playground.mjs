@@ -1,13 +1,13 @@
 // The rank-one playground: (W + ΔW) a₀ = W a_C with ΔW = W δ a₀ᵀ / ‖a₀‖², by hand.
 //
-// One ES module, two hosts: anywidget where there is a kernel, mount.js on a page without one. So that a page can
-// bundle it into a classic script: no imports, and `export default` as the last statement.
+// One ES module with two hosts: anywidget where there is a kernel, mount.js on a page without one. The page bundles it
+// into a classic script, so it must not import, and its last statement must be `export default`.
 
 const HALF = 150; // half the side of a panel, in SVG units
-const NEAR = 0.12; // dragged closer to the origin than this, a₀ snaps to zero
+const NEAR = 0.12; // dragged closer to the origin than this, a₀ becomes zero
 const PRESETS = [
-  ["Start", null, "Back to where the vectors were"],
-  ["δ = 0", { a: [1.5, 0.4], d: [0, 0] }, "The context changes nothing: neither does the edit"],
+  ["Start", null, "Back to the first vectors"],
+  ["δ = 0", { a: [1.5, 0.4], d: [0, 0] }, "The context changes nothing, and the edit is zero"],
   ["δ ∥ a₀", { a: [1.2, 0.6], d: [0.8, 0.4] }, "The context only stretches a₀"],
   ["δ ⊥ a₀", { a: [1.2, 0.6], d: [-0.8, 1.6] }, "The context turns a₀"],
   ["small a₀", { a: [0.2, 0.1], d: [0.9, 1.3] }, "The smaller a₀, the larger the edit"],
@@ -54,7 +54,7 @@ const make = (tag, attributes = {}, ...children) => {
   node.append(...children);
   return node;
 };
-// "W a_C" with the C set low; the labels of a drawing and of the text share this notation.
+// "W a_C" with a subscript C, for the labels of the drawings and of the text.
 const label = (node, text, tag) => {
   node.replaceChildren();
   for (const part of text.split(/(_\w|₀)/)) {
@@ -125,7 +125,7 @@ class Plane {
   }
 }
 
-/** A draggable tip. `move` gets the plane coordinates that the pointer or the arrow keys ask for. */
+/** A draggable tip. `move` gets the new plane coordinates from the pointer or the arrow keys. */
 function handle(plane, name, text, move, current) {
   const role = { role: "slider", "aria-roledescription": "movable point", "aria-label": text };
   const node = make(
@@ -151,7 +151,7 @@ function handle(plane, name, text, move, current) {
   });
   node.addEventListener("pointermove", (event) => grip && move(plus(pointer(event), grip), NEAR));
   for (const end of ["pointerup", "pointercancel"]) node.addEventListener(end, () => (grip = null));
-  // CSS's touch-action is for boxes; Chromium does not heed it on the shapes of an SVG.
+  // Chromium applies CSS's touch-action to boxes, but not to the shapes of an SVG.
   node.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
   node.addEventListener("keydown", (event) => {
     const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
@@ -191,7 +191,7 @@ function render({ model, el }) {
 
   const reach = Math.max(2.6, 1.2 * Math.max(norm(start.a), norm(plus(start.a, start.d))));
   const input = new Plane("What the layer reads", reach);
-  const output = new Plane("What it makes of it", 1);
+  const output = new Plane("What the layer outputs", 1);
   const within = (v) => tidy(v.map((x) => (x * (reach - 0.15)) / Math.max(reach - 0.15, norm(v))));
   const unit = input.ellipse("icl-plain");
   const ellipses = [output.ellipse("icl-plain"), output.ellipse("icl-edited")];
@@ -203,7 +203,7 @@ function render({ model, el }) {
     WaC: output.arrow("icl-aC icl-goal"),
     new: output.arrow("icl-new"),
   };
-  // Either vector moves by itself: δ is what lies between them.
+  // Either vector moves by itself; δ is their difference.
   const moveA = (v, near) => {
     const { a, d } = state();
     const to = within(norm(v) <= near ? [0, 0] : v);
@@ -212,8 +212,8 @@ function render({ model, el }) {
   const moveC = (v) => set({ d: tidy(minus(within(v), model.get("a"))) });
   const hint = "drag, or use the arrow keys (with Shift in small steps)";
   const at = { a: () => model.get("a"), aC: () => plus(model.get("a"), model.get("d")) };
-  const placeA = handle(input, "icl-a", `a₀, what the layer reads without the context; ${hint}`, moveA, at.a);
-  const placeC = handle(input, "icl-aC", `a_C, what the layer reads with the context; ${hint}`, moveC, at.aC);
+  const placeA = handle(input, "icl-a", `a₀, the input without the context; ${hint}`, moveA, at.a);
+  const placeC = handle(input, "icl-aC", `a_C, the input with the context; ${hint}`, moveC, at.aC);
 
   const toggle = make("input", { type: "checkbox", role: "switch", "aria-label": "apply ΔW" });
   toggle.addEventListener("change", () => set({ applied: toggle.checked }));
@@ -224,8 +224,8 @@ function render({ model, el }) {
   });
   const note = make("p", { class: "icl-note" });
   note.innerHTML =
-    "Dotted: the unit circle, and its image under W. Green: its image under W + ΔW. Vectors perpendicular " +
-    "to a<sub>0</sub> land on the same point of both: the edit leaves them alone.";
+    "Dotted: the unit circle and its image under W. Green: its image under W + ΔW. The edit does not change the " +
+    "images of vectors perpendicular to a<sub>0</sub>.";
   const controls = make(
     "div", { class: "icl-controls" },
     make("label", { class: "icl-switch" }, toggle, " apply ΔW"), make("span", { class: "icl-presets" }, ...presets));
@@ -268,8 +268,8 @@ function render({ model, el }) {
     if (!seen.edit) {
       const message = make("p", { class: "icl-message", role: "alert" });
       message.innerHTML =
-        "<strong>a<sub>0</sub> = 0: there is no such edit.</strong> Every weight matrix sends 0 to 0, so no ΔW can " +
-        "act here; the theorem needs a<sub>0</sub> ≠ 0. Drag a<sub>0</sub> away from the origin.";
+        "<strong>a<sub>0</sub> = 0: there is no such edit.</strong> Every weight matrix maps 0 to 0, so no ΔW has " +
+        "an effect here; the theorem needs a<sub>0</sub> ≠ 0. Drag a<sub>0</sub> away from the origin.";
       edit.replaceChildren(message);
       resultRow("(W + ΔW) a₀", "not defined");
       residualRow("‖(W + ΔW) a₀ − W a_C‖", "not defined").removeAttribute("data-residual");
@@ -289,7 +289,7 @@ function render({ model, el }) {
   };
 
   el.classList.add("icl-playground");
-  el.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab leaves the arrow keys to the handles
+  el.setAttribute("data-lm-suppress-shortcuts", "true"); // the arrow keys go to the handles, not to JupyterLab
   el.replaceChildren(make("div", { class: "icl-planes" }, input.node, output.node), controls, edit, facts, note);
   const names = ["W", "a", "d", "applied"];
   for (const name of names) model.on(`change:${name}`, draw);

@@ -1,8 +1,9 @@
-"""Things to move: alive in a notebook with a kernel, and on the built page without one.
+"""Interactive pictures, for notebooks with a kernel and for the built pages without one.
 
-:func:`explore` puts controls on any drawing function; :class:`Playground` is the theorem in the plane, to drag.
+:func:`explore` puts controls on any drawing function; :class:`Playground` shows the theorem in the plane, with
+arrows to drag.
 
-No mathematics here: what a widget shows was computed elsewhere, or is computed in front of the reader.
+A widget shows what was computed elsewhere; only the playground computes, with two-by-two matrices, in the browser.
 """
 
 from icl_lib.widgets.explorer import explore

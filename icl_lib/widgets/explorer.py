@@ -21,7 +21,7 @@ from icl_lib.widgets.page import Page, page_html
 
 MAX_FRAMES = 200
 MAX_PAGE_BYTES = 4_000_000
-"""What one :func:`explore` may add to a page: every combination of its controls is drawn when the book is built."""
+"""The most that one :func:`explore` may add to a page, where every combination of its controls is drawn in advance."""
 
 
 def explore(
@@ -35,7 +35,7 @@ def explore(
     """Put controls on a drawing function: ``explore(draw, k=range(1, 9), trained=[False, True])``.
 
     With a kernel, moving a control calls ``draw`` again. While the book is built, ``draw`` is called once for every
-    combination of values, and the page gets the same controls over these frames. Nothing else is needed for either.
+    combination of values, and the page gets the same controls with these frames.
 
     Args:
         draw: called as ``draw(k=3, trained=False)``. Returns a :class:`~icl_lib.figures.Figure`, a matplotlib figure,
@@ -43,16 +43,16 @@ def explore(
         initial: the values to start from, by name; otherwise the first of each control.
         labels: what to call a control, by name; otherwise its name, with spaces for underscores.
         controls: the values of each argument of ``draw``. A ``range``, list, tuple or one-dimensional array of numbers
-            makes a slider; a list of strings, or a dictionary from labels to values, makes buttons or a menu;
-            ``[False, True]`` makes a checkbox.
+            becomes a slider. A list of strings, or a dictionary from labels to values, becomes buttons or a menu.
+            ``[False, True]`` becomes a checkbox.
 
     Returns:
-        What a cell can end with, an ``ipywidgets.VBox`` where there is a kernel, HTML while the book is built.
+        An object to end a cell with: an ``ipywidgets.VBox`` where there is a kernel, HTML while the book is built.
 
     Raises:
         ValueError: for a control that is empty, not finite or not an argument of ``draw``, for an ``initial`` value
             that is not among the values, for more combinations than `MAX_FRAMES`, and for a result of ``draw`` that
-            cannot be shown; it says which.
+            cannot be shown. The message names the control and its value.
 
     >>> view = explore(lambda k: f"k squared is {k**2}", k=range(4))
     >>> [type(child).__name__ for child in view.children]
@@ -101,7 +101,7 @@ class _Control:
         else:
             if len(getattr(given, "shape", [None])) != 1:
                 raise ValueError(f"{name} has shape {tuple(given.shape)}: give an array with one dimension.")
-            # One more than can be drawn is enough to see that there are too many, however many there are.
+            # One value more than the limit is enough to see that there are too many; the iterable may be endless.
             first = list(itertools.islice(given, MAX_FRAMES + 1))
             values = [value.item() if hasattr(value, "item") else value for value in first]  # Python's own numbers
             for i, value in enumerate(values):
@@ -193,7 +193,7 @@ def _live(draw: Any, controls: list[_Control], start: list[int]) -> ipywidgets.V
     def moved(_: Any) -> None:
         try:
             redraw()
-        except Exception as error:  # nobody else would show it: this runs outside any cell
+        except Exception as error:  # this runs outside any cell, so no cell would show it
             lines = traceback.format_exception(error)
             error_output = {"output_type": "error", "ename": type(error).__name__, "evalue": str(error)}
             output.outputs = ({**error_output, "traceback": lines},)

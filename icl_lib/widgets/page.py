@@ -1,4 +1,4 @@
-"""Widgets on a page without a kernel: their state and what they show, as HTML."""
+"""Widgets on a page without a kernel, as HTML: their state, and a picture for readers without JavaScript."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 STATIC = Path(__file__).resolve().parents[1] / "static"
-"""The front end, ES modules that anywidget loads, and that the book bundles."""
+"""The front end: ES modules that anywidget loads and that the book bundles."""
 
 
 class Page:
-    """HTML that ends a cell of the book."""
+    """HTML as the result of a cell of the book."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -23,13 +23,13 @@ class Page:
 
 
 def page_html(widget: str, state: Mapping[str, Any], fallback: str) -> str:
-    r"""The HTML of a widget for a page without a kernel: its state, and what a reader without JavaScript sees.
+    r"""The HTML of a widget for a page without a kernel: its state, and what readers without JavaScript see.
 
     >>> page_html("explore", {"label": "</script>"}, "<p>a picture</p>")
     '<div class="icl-widget" data-widget="explore"><script type="application/json">{"label": "<\\/script>"}</script><p>a picture</p></div>'
     """  # noqa: E501
     text = json.dumps(state, allow_nan=False, ensure_ascii=False)
-    text = text.replace("</", "<\\/").replace("<!--", "\\u003c!--")  # nothing in it may end the script element
+    text = text.replace("</", "<\\/").replace("<!--", "\\u003c!--")  # no text may end the script element
     return (
         f'<div class="icl-widget" data-widget="{html.escape(widget)}">'
         f'<script type="application/json">{text}</script>{fallback}</div>'

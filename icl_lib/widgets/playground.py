@@ -1,4 +1,4 @@
-"""The rank-one edit in the plane, to drag."""
+"""The rank-one edit in the plane, with arrows to drag."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from icl_lib.widgets.page import STATIC, page_html
 
 
 class _PlaneArray(traitlets.TraitType):
-    """Numbers of a fixed shape as nested lists; takes tensors and arrays, and says what is wrong with others."""
+    """Numbers of a fixed shape as nested lists. Takes tensors and arrays too; an error names what is wrong."""
 
     def validate(self, obj: Any, value: Any) -> Any:
         return plane_array(self.name, value).tolist()
 
 
 class Playground(anywidget.AnyWidget):
-    r"""The rank-one edit in the plane: drag what the layer reads, see $(W + \Delta W)\,a_0$ meet $W a_C$.
+    r"""The rank-one edit in the plane: drag the inputs of the layer, and $(W + \Delta W)\,a_0$ stays at $W a_C$.
 
-    Two vectors can be moved by mouse, touch or arrow keys: ``a`` is $a_0$, what the layer reads without the context,
-    and ``a + d`` is $a_C = a_0 + \delta$, what it reads with it. The front end applies $W + \Delta W$ to $a_0$ and
-    prints the residual; with ``applied=False``, the negative control, it applies $W$ alone.
+    Two vectors can be moved by mouse, touch or arrow keys: ``a`` is $a_0$, the input without the context, and
+    ``a + d`` is $a_C = a_0 + \delta$, the input with it. The browser applies $W + \Delta W$ to $a_0$ and prints the
+    distance to $W a_C$. With ``applied=False``, the negative control, it applies $W$ alone.
 
-    With a kernel the attributes ``W``, ``a``, ``d`` and ``applied`` follow the reader's hand, and ``observe`` works.
+    With a kernel, the attributes ``W``, ``a``, ``d`` and ``applied`` change when the reader moves something, and
+    ``observe`` reports it.
 
     Shapes: ``W`` ``[2, 2]``, ``a`` and ``d`` ``[2]``; lists, arrays or tensors. Raises `ValueError` for other shapes,
-    for numbers that are not finite and for a zero ``a``. (A reader may drag $a_0$ to zero, and is told what that
-    means.)
+    for numbers that are not finite and for a zero ``a``. (A reader may drag $a_0$ to zero; a message then says that
+    there is no such edit.)
 
     >>> playground = Playground(W=[[1, 0], [0, 2]], a=[1, 0], d=[0, 1])
     >>> playground.a, playground.applied
@@ -54,7 +55,7 @@ class Playground(anywidget.AnyWidget):
         applied: bool = True,
     ) -> None:
         if not plane_array("a", a).any():
-            raise ValueError("a is zero: the theorem needs a₀ ≠ 0; start from another a.")
+            raise ValueError("a is zero: the theorem needs a₀ ≠ 0. Give another a.")
         super().__init__(W=W, a=a, d=d, applied=applied)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
@@ -66,6 +67,6 @@ class Playground(anywidget.AnyWidget):
         return bundle
 
 
-Playground.__signature__ = inspect.Signature(  # traitlets shows every widget as (*args, **kwargs)
+Playground.__signature__ = inspect.Signature(  # the signature that traitlets gives every widget is (*args, **kwargs)
     list(inspect.signature(Playground.__init__).parameters.values())[1:]
 )
