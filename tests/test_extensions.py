@@ -1,21 +1,29 @@
-"""The book's Sphinx extensions: their pure parts."""
+"""The parts of the book's Sphinx extensions that need no build."""
 
 from __future__ import annotations
 
 import doctest
 import re
 
+import bibliography
 import docstrings
 import execution
+import markup
 import page_assets
+import previews
 import pytest
 import repository
 from conftest import ROOT
+from docutils import nodes
+from pybtex.database import parse_string
+from sphinx.errors import ConfigError
 
 from icl_lib.widgets.page import page_html
 
+MODULES = [bibliography, docstrings, execution, markup, page_assets, previews, repository]
 
-@pytest.mark.parametrize("module", [docstrings, execution, page_assets, repository], ids=lambda module: module.__name__)
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -205,3 +213,53 @@ def test_mathematics_of_docstrings():
         "",
         ">>> price = '$1 or $2'",
     ]
+
+
+def document(*paragraphs: list[nodes.Node]) -> nodes.document:
+    doctree = nodes.document(None, None)
+    doctree += [nodes.paragraph("", "", *parts) for parts in paragraphs]
+    return doctree
+
+
+@pytest.mark.parametrize(
+    ("paragraphs", "expected"),
+    [
+        ([["One. Two, which is short. Three."]], "One. Two, which is short. Three."),
+        ([["One."], ["Two?"]], "One. Two?"),
+        ([["Short.", " " + "A" + 250 * "a" + ". After."]], "Short."),
+        ([["A" + 250 * "a" + ". After."]], "A" + 250 * "a" + "."),
+        ([["First. Then ", nodes.math("", "x"), " is set. Last."]], "First."),
+        ([["First. ", nodes.math("", "x"), " is set. Last."]], "First."),
+        ([["Let ", nodes.math("", "x"), " be set. Last."]], "Last."),
+        ([["It holds (Dherin et al. [2025], v. 4). A list follows:"]], "It holds (Dherin et al. [2025], v. 4)."),
+        ([[nodes.math("", "x")]], ""),
+    ],
+)
+def test_a_description_is_whole_sentences_without_formulas(paragraphs, expected):
+    doctree = document(
+        *([part if isinstance(part, nodes.Node) else nodes.Text(part) for part in p] for p in paragraphs)
+    )
+    assert previews.description(doctree) == expected
+
+
+@pytest.mark.parametrize("address", ["example.org", "ftp://example.org", "https://", "https://a b", 'https://a"b'])
+def test_addresses_of_the_site_that_are_refused(address):
+    with pytest.raises(ConfigError, match="ICL_LIB_SITE_URL is .*: give the site's address"):
+        previews.site_url(address)
+
+
+def test_labels_name_the_authors_as_citations_do():
+    entries = parse_string(
+        """@misc{a, author = {von Oswald, Johannes and Sacramento, Jo{\\~a}o and Vladymyrov, Max}, year = {2023}}
+        @misc{b, author = {Akyürek, Ekin}, year = {2022}}
+        @misc{c, editor = {Brown, Tom and others}, year = {2020}}
+        @misc{d, title = {No author}}""",
+        "bibtex",
+    ).entries.values()
+    labels = list(bibliography.AuthorYearLabels().format_labels(entries))
+    assert labels == ["von Oswald et al., 2023", "Akyürek, 2022", "Brown et al., 2020", "d"]
+
+
+def test_a_page_without_folds_or_viewport_is_not_changed():
+    page = '<head><meta name="description" content="viewport"></head><summary aria-label="Contents">…</summary>'
+    assert markup.corrected(page) == page

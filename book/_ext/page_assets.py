@@ -16,7 +16,8 @@ from typing import Any
 
 BOOK = Path(__file__).resolve().parents[1]
 STATIC = BOOK.parent / "icl_lib" / "static"
-SCRIPT, STYLE, EVERYWHERE = "widgets.js", "widgets.css", "book.css"
+SCRIPT, STYLE = "widgets.js", "widgets.css"
+EVERYWHERE = ("book.js", "book.css")
 MATHJAX_KEPT = (  # the entry, what it loads by itself, and what its menu's accessibility settings load
     "tex-chtml.js",
     "output/chtml/fonts",
@@ -90,7 +91,8 @@ def write_assets(app: Any) -> None:
     script = bundle(modules, (STATIC / "mount.js").read_text(encoding="utf-8"))
     (folder / SCRIPT).write_text(script, encoding="utf-8")
     shutil.copyfile(STATIC / STYLE, folder / STYLE)
-    shutil.copyfile(BOOK / "_static" / EVERYWHERE, folder / EVERYWHERE)
+    for name in EVERYWHERE:
+        shutil.copyfile(BOOK / "_static" / name, folder / name)
     app.config.html_static_path.append(str(folder))
 
 
@@ -139,7 +141,8 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("builder-inited", write_assets)
     app.add_js_file(SCRIPT, defer="defer")
     app.add_css_file(STYLE)
-    app.add_css_file(EVERYWHERE)
+    for name in EVERYWHERE:
+        app.add_js_file(name, defer="defer") if name.endswith(".js") else app.add_css_file(name)
     app.connect("html-collect-pages", renew_source_pages, priority=100)
     app.connect("html-page-context", choose, priority=900)
     app.connect("build-finished", finish, priority=900)

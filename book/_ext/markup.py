@@ -1,0 +1,39 @@
+"""Corrections of the HTML that the theme and the extensions write, made on each finished page.
+
+- A fold's name for screen readers is its visible text; MyST-NB names them all "Toggle hidden content".
+- A page has one viewport; Sphinx, docutils and the theme each declare one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_VIEWPORT = re.compile(r'\s*<meta\b(?=[^>]*\bname="viewport")[^>]*>')
+_FOLD = re.compile(r'<summary aria-label="Toggle hidden content">')
+
+
+def corrected(page: str) -> str:
+    """The same page with these corrections.
+
+    >>> corrected('<meta name="viewport" content="a"><meta content="b" name="viewport"/><title>T</title>')
+    '<meta name="viewport" content="a"><title>T</title>'
+    >>> corrected('<summary aria-label="Toggle hidden content">Show the proof</summary>')
+    '<summary>Show the proof</summary>'
+    """
+    if first := _VIEWPORT.search(page):
+        page = page[: first.end()] + _VIEWPORT.sub("", page[first.end() :])
+    return _FOLD.sub("<summary>", page)
+
+
+def install(app: Any) -> None:
+    """Correct every page that the builder's templates make."""
+    if app.builder.format == "html":
+        render = app.builder.templates.render
+        app.builder.templates.render = lambda template, context: corrected(render(template, context))
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.connect("builder-inited", install)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
