@@ -1,8 +1,9 @@
-r"""A contextual block, and the weights that stand in for its context.
+r"""A contextual block, and the edit of its weights that replaces its context.
 
 $$T_W(C, x) = f_\theta(W A(C, x) + b)$$
 
-is a contextual layer $A$ followed by an MLP whose first linear map is $W$ (Dherin et al., arXiv 2507.16003, Section 2).
+is a contextual layer $A$ followed by an MLP whose first linear map is $W$ (Dherin et al., arXiv 2507.16003, version 1,
+Section 2).
 """
 
 from __future__ import annotations
@@ -45,17 +46,18 @@ def _check_forward(_: Any, context: Any, query: Any) -> None:
 
 
 class ContextualBlock(nn.Module):
-    r"""A contextual layer, then an MLP.
+    r"""A contextual layer followed by an MLP.
 
     Args:
         contextual: any module or function ``(context, query) -> [*batch, in]``.
-        mlp: any module whose input reaches its output only through its first `torch.nn.Linear`, the $W$ of the theorem.
-        skip: add the residual connections, $T(C, x) = x + A(C, x) + \mathrm{mlp}(A(C, x))$. The MLP must then end in a
-            `torch.nn.Linear`, whose bias is the $b'$ of the theorem.
+        mlp: any module whose input reaches its output only through its first `torch.nn.Linear`, the theorem's $W$.
+        skip: whether there are residual connections, $T(C, x) = x + A(C, x) + \mathrm{mlp}(A(C, x))$. The MLP must then
+            end in a `torch.nn.Linear`, whose bias is the theorem's $b'$.
 
-    Raises `ValueError` for an MLP that is not of this form: the theorem's edit would not be exact there. The form is
-    tested when the block is made (:mod:`icl_lib.structure`); do not change ``mlp`` or ``skip`` afterwards. What is
-    random (dropout in training mode) gives something else each time it runs, so call ``block.eval()`` first.
+    Raises `ValueError` for an MLP that is not of this form, because the theorem's edit would not be exact. The form is
+    tested when the block is made (:mod:`icl_lib.structure`), so do not change ``mlp`` or ``skip`` afterwards. Modules
+    with random outputs, such as dropout in training mode, are refused when an edit is computed: call ``block.eval()``
+    first.
 
     >>> from icl_lib import SoftmaxAttention
     >>> mlp = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
@@ -72,12 +74,12 @@ class ContextualBlock(nn.Module):
 
     @property
     def first_linear(self) -> nn.Module:
-        """The linear map that reads the contextual layer; its weight is the theorem's $W$."""
+        """The linear map that reads the contextual layer's output; its weight is the theorem's $W$."""
         return self.mlp.get_submodule(self._first)
 
     @property
     def last_linear(self) -> nn.Module:
-        """The linear map that writes the MLP's output; its bias is the theorem's $b'$ where there is a skip."""
+        """The MLP's last linear map; with ``skip``, its bias is the theorem's $b'$."""
         return self.mlp.get_submodule(self._last)
 
     @validated_by(_check_forward)
@@ -94,14 +96,14 @@ class ContextualBlock(nn.Module):
         return self(sequence[..., :-1, :], sequence[..., -1, :])
 
     def read(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> Tensor:
-        """What the MLP reads, $A(C, x)$, checked: the contextual layer may be anybody's."""
+        """The MLP's input, $A(C, x)$, with its shape, dtype and device checked."""
         read = self.contextual(context, query)
         weight = self.first_linear.weight
         wanted = (*query.shape[:-1], weight.shape[-1])
         if not isinstance(read, Tensor) or read.shape != wanted:
             got = tuple(read.shape) if isinstance(read, Tensor) else type(read).__name__
             raise ValueError(
-                f"the contextual layer returned {got} for a query {tuple(query.shape)}: it must be {wanted}."
+                f"the contextual layer returned {got} for a query {tuple(query.shape)}: it must return {wanted}."
             )
         require_same_kind("block's weight", weight, **{"the contextual layer's output": read})
         return read
@@ -110,19 +112,19 @@ class ContextualBlock(nn.Module):
 def _require_block(block: Any) -> None:
     if not isinstance(block, ContextualBlock):
         raise ValueError(
-            f"block is a {type(block).__name__}: give a ContextualBlock. A Transformer of one block has "
+            f"block is a {type(block).__name__}: give a ContextualBlock. For a Transformer of one block, call its "
             ".contextual_block()."
         )
 
 
 def check_block_prompt(block: Any, context: Any, query: Any) -> None:
-    """Require a contextual block, and a prompt with a context for it."""
+    """Raise a `ValueError` unless the block is a contextual block and the prompt fits it and has a context."""
     _require_block(block)
     check_prompt(context, query)
     require_same_kind("block's weight", block.first_linear.weight, context=context)
     require_deterministic(block, "block")
     if context.shape[-2] == 0:
-        raise ValueError("context is empty: there is nothing to turn into weights. Give it at least one token.")
+        raise ValueError("context is empty: there is nothing to turn into an edit. Give at least one token.")
 
 
 def _check_implicit_update(block: Any, context: Any, query: Any, keep: Any) -> None:
@@ -157,35 +159,35 @@ def _require_fit(update: ImplicitUpdate, block: Any) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ImplicitUpdate:
-    """The weight edit that replaces a part of a context; see :func:`implicit_update`.
+    """The edit that replaces a part of a context; made by :func:`implicit_update`.
 
     Attributes:
-        weight: the rank-one $ΔW$ of the MLP's first linear map, ``[*batch, out, in]``.
-        bias: the $Δb'$ of its last one, ``[*batch, dim]``; None for a block without skip connections.
+        weight: $ΔW$, of rank one, for the MLP's first linear map: ``[*batch, out, in]``.
+        bias: $Δb'$, for the bias of its last linear map: ``[*batch, dim]``; None for a block without skip connections.
     """
 
     weight: LowRank
     bias: Tensor | None
 
     def __getitem__(self, index: Any) -> ImplicitUpdate:
-        """The update of one batch entry, or of several."""
+        """Index the leading dimensions."""
         within = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
         return ImplicitUpdate(self.weight[index], None if self.bias is None else self.bias[within])
 
     @validated_by(_require_fit)
     def apply(self, block: ContextualBlock) -> ContextualBlock:
-        """A copy of ``block`` with edited weights; ``block`` is left as it was.
+        """Return a copy of ``block`` with edited weights; ``block`` itself does not change.
 
-        The copy's own forward pass runs on $W + ΔW$, formed in full: nothing of the contextual activation enters it. A
-        batched update gives a block that holds one weight matrix for each batch entry, so it takes prompts of that
-        batch shape.
+        The copy holds the matrix $W + ΔW$ and runs its own forward pass; it has no access to the contextual
+        activation. A batched update gives a block with one weight matrix for each batch entry, which takes prompts of
+        this batch shape.
 
-        Raises `ValueError` where the update does not fit the block in shape, dtype, device or skip connection, and
-        where the edited weights overflow.
+        Raises `ValueError` if the update does not match the block in shape, dtype, device or skip connection, or if
+        the edited weights overflow.
         """
         edited = copy.deepcopy(block)
         with torch.no_grad():
-            # The linear map is replaced, not changed: a layer that shares it with the MLP keeps the old one.
+            # The linear map is replaced, not changed in place: another layer may share it and must keep the old one.
             edited.mlp = replaced(edited.mlp, block._first, edited_linear(edited.first_linear, weight=self.weight))
             if self.bias is not None:
                 edited.mlp = replaced(edited.mlp, block._last, edited_linear(edited.last_linear, bias=self.bias))
@@ -199,21 +201,22 @@ def implicit_update(
     query: Float[Tensor, "*batch dim"],
     keep: Iterable | None = None,
 ) -> ImplicitUpdate:
-    r"""The edit of a block's weights that does what a part of its context did.
+    r"""The edit of a block's weights that replaces a part of its context.
 
     $$T_{W}(C, x) = T_{W + \Delta W,\, b' + \Delta b'}(C \setminus Y, x), \qquad
       \Delta W = \frac{W (a_C - a_0) a_0^\top}{\lVert a_0 \rVert^2}, \quad \Delta b' = a_C - a_0 \text{ (with skips)}$$
 
-    where $a_C = A(C, x)$ and $a_0 = A(C \setminus Y, x)$. Source: Dherin et al., Theorem 2.2 and Theorem B.2.
+    where $a_C = A(C, x)$ and $a_0 = A(C \setminus Y, x)$. Source: Dherin et al. (arXiv 2507.16003), Theorem 2.2 and the
+    appendix on skip connections in version 1; Theorems 2.3 and C.2 in version 4.
 
     Args:
-        block: the block whose weights are edited (in the result's ``apply``; here nothing is changed).
-        context: ``[*batch, n, dim]``, ``n ≥ 1``.
+        block: the block. It does not change; :meth:`ImplicitUpdate.apply` returns an edited copy.
+        context: ``[*batch, n, dim]``, with ``n ≥ 1``.
         query: ``[*batch, dim]``.
-        keep: indices into the context of the tokens that stay, $C \setminus Y$; None removes the whole context.
+        keep: indices of the context tokens that are kept, $C \setminus Y$; None removes the whole context.
 
-    Raises `ValueError` for an empty context, unknown or repeated indices, a zero, NaN or infinite $a_0$, and for
-    shapes, dtypes or devices that do not fit.
+    Raises `ValueError` for an empty context, for unknown or repeated indices, for a zero $a_0$, for NaN or infinite
+    activations, and for shapes, dtypes or devices that do not match.
 
     >>> from icl_lib import SoftmaxAttention
     >>> mlp = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
@@ -244,7 +247,7 @@ def _check_kept_context(context: Any, keep: Any) -> None:
 def kept_context(
     context: Float[Tensor, "*batch n dim"], keep: Iterable | None = None
 ) -> Float[Tensor, "*batch kept dim"]:
-    """The context that remains, $C ∖ Y$: the tokens at the indices ``keep``, in the order of the context.
+    """The kept part of the context, $C ∖ Y$: the tokens at the indices ``keep``, in the order of the context.
 
     Raises `ValueError` for an index outside ``0 … n − 1``, a repeated one, or one that is not a whole number.
 
@@ -268,11 +271,11 @@ def _kept_indices(keep: Any, length: int) -> list[int]:
     for place, index in enumerate(indices):
         if isinstance(index, bool) or not isinstance(index, int):
             raise ValueError(
-                f"keep[{place}] is {index!r}: give indices as whole numbers (mask.nonzero().flatten() of a mask)."
+                f"keep[{place}] is {index!r}: give indices as whole numbers; for a mask, mask.nonzero().flatten()."
             )
         if not 0 <= index < length:
             tokens = f"the context has tokens 0 … {length - 1}" if length else "the context is empty"
             raise ValueError(f"keep[{place}] is {index}: {tokens}.")
     if len(set(indices)) < len(indices):
-        raise ValueError(f"keep names a token twice: {indices}. Name each token that stays once.")
+        raise ValueError(f"keep names a token twice: {indices}. Give each index once.")
     return sorted(indices)

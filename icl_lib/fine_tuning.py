@@ -1,6 +1,6 @@
-r"""What reading examples is compared with: training the first linear map on them, one after another.
+r"""Fine-tuning of the first linear map on the examples of a prompt, to compare with reading them.
 
-Source: Dherin et al. (arXiv 2507.16003), Figure 4.
+Source: Dherin et al. (arXiv 2507.16003, version 1), Figure 4.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ def _check_fine_tune(block: Any, prompts: Any, learning_rate: Any) -> None:
     if not isinstance(prompts, Prompts):
         raise ValueError(f"prompts is a {type(prompts).__name__}: give what sample_prompts returns.")
     if prompts.context.shape[-2] == 0:
-        raise ValueError("prompts hold no examples: there is nothing to train on. Sample them with examples ≥ 1.")
+        raise ValueError("prompts hold no examples to train on: sample them with examples ≥ 1.")
     if isinstance(learning_rate, bool) or not 0 <= learning_rate < float("inf"):
-        raise ValueError(f"learning_rate is {learning_rate}: give a number that is not negative, such as 0.01.")
+        raise ValueError(f"learning_rate is {learning_rate}: give zero or a positive number, such as 0.01.")
 
 
 @validated_by(_check_fine_tune)
 def fine_tune(block: ContextualBlock, prompts: Prompts, learning_rate: float | int) -> LowRank:
-    r"""Train the first linear map of a block by SGD on the examples of each prompt, one step an example.
+    r"""Train the first linear map of a block by SGD on the examples of each prompt, one step for each example.
 
-    $$W_i = W_{i-1} - \eta\, \nabla_{W'} \bigl(T_{W'}(x_i) - y_i\bigr)^2 \Big|_{W' = W_{i-1}}, \qquad W_0 = W$$
+    $$W_i = W_{i-1} - \eta\, \nabla_U \bigl(T_U(x_i) - y_i\bigr)^2 \Big|_{U = W_{i-1}}, \qquad W_0 = W .$$
 
-    The block sees the input of an example as a bare query, $(x_i, 0)$ without a context, and answers in the last
-    coordinate. Every prompt trains a map of its own, and nothing else is trained. Source: Dherin et al., Figure 4.
+    The block reads the input of an example as a bare query, $(x_i, 0)$ without a context; its answer is the last
+    coordinate. Each prompt trains its own copy of the map, and nothing else is trained. Source: Dherin et al. (arXiv
+    2507.16003, version 1), Figure 4.
 
-    Each step has rank one. Returns all of them, side by side: ``[count, out, in]``, of rank at most $N$; the first $i$
-    of its terms, ``.first(i)``, are $W_i - W$. The block is left as it was.
+    Each step has rank one. The result holds all steps side by side: ``[count, out, in]``, of rank at most $N$. The sum
+    of its first $i$ terms, ``.first(i)``, is $W_i - W$. The block does not change.
 
     Raises `ValueError` for prompts without examples and for a learning rate that is negative or not finite.
 
@@ -68,7 +69,7 @@ def _check_losses(block: Any, prompts: Any, steps: Any) -> None:
 def fine_tuned_losses(block: ContextualBlock, prompts: Prompts, steps: LowRank) -> Float[Tensor, "count steps"]:
     r"""The squared error at each prompt's query after $0, 1, \dots, N$ of the ``steps`` that :func:`fine_tune` took.
 
-    The block answers the bare query, with the weights $W_i$ and no context.
+    The block reads the bare query with the weights $W_i$.
     """
     outputs = [answers(block, steps.first(count), prompts.query) for count in range(steps.left.shape[-1] + 1)]
     return squared_error(torch.stack(outputs, dim=-2), prompts.target.unsqueeze(-1))

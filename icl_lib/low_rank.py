@@ -18,21 +18,21 @@ def _check_factors(_: Any, left: Any, right: Any) -> None:
     if left.shape[-1] != right.shape[-1]:
         raise ValueError(
             f"left has {left.shape[-1]} columns and right has {right.shape[-1]}: "
-            "both need one column for each rank-one term."
+            "give both one column for each rank-one term."
         )
     require_broadcastable(left=left.shape[:-2], right=right.shape[:-2])
 
 
 class LowRank:
-    r"""The matrix $L R^\top$, batched over leading dimensions and never formed unless asked for.
+    r"""The matrix $L R^\top$, stored as its factors and batched over leading dimensions; ``.dense()`` forms it.
 
-    An update of a 4096 × 16384 weight is 67 million numbers; its two rank-one factors are 20 thousand.
+    An update of a 4096 × 16384 weight has 67 million entries; its two rank-one factors have 20 thousand.
 
     Shapes: ``left`` is ``[*batch, out, rank]``, ``right`` is ``[*batch, in, rank]``. The leading dimensions broadcast,
-    so that updates which share a factor store it once. A ``LowRank`` behaves like the tensor ``.dense()`` of shape
+    so updates that share a factor store it once. A ``LowRank`` behaves like the tensor ``.dense()`` of shape
     ``[*batch, out, in]`` under ``@``, ``+``, ``-``, ``*`` and indexing of its leading dimensions.
 
-    Raises `ValueError` where factors are not floating-point tensors or differ in rank, dtype or device, or where their
+    Raises `ValueError` for factors that are not floating-point tensors, that differ in rank, dtype or device, or whose
     leading dimensions do not broadcast.
 
     >>> update = LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0], [0.0]]))
@@ -45,7 +45,7 @@ class LowRank:
     tensor([ 7., 14.])
     """
 
-    __array_ufunc__ = None  # so that NumPy leaves `array @ low_rank` to this class, which refuses it
+    __array_ufunc__ = None  # NumPy then leaves `array @ low_rank` to this class, which refuses it
 
     @validated_by(_check_factors)
     def __init__(self, left: Float[Tensor, "*#batch out rank"], right: Float[Tensor, "*#batch in_ rank"]) -> None:
@@ -58,7 +58,7 @@ class LowRank:
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the matrix that the factors stand for, ``[*batch, out, in]``."""
+        """The shape of the matrix, ``[*batch, out, in]``."""
         return torch.Size((*self.batch_shape, self.left.shape[-2], self.right.shape[-2]))
 
     @property
@@ -73,7 +73,7 @@ class LowRank:
 
     @property
     def mT(self) -> LowRank:
-        """The transpose, with the factors swapped."""
+        """The transpose: the factors swapped."""
         return LowRank(self.right, self.left)
 
     def dense(self) -> Float[Tensor, "*batch out in_"]:
@@ -81,19 +81,19 @@ class LowRank:
         return self.left @ self.right.mT
 
     def matvec(self, vectors: Float[Tensor, "*vectors in_"]) -> Float[Tensor, "... out"]:
-        """The product with one vector for each batch entry, ``L (Rᵀ v)``, in ``O((out + in) rank)``.
+        """The product with one vector for each batch entry, ``L (Rᵀ v)``, in ``O((out + in) rank)`` operations.
 
         >>> factors = torch.ones(5, 3, 1)
         >>> LowRank(factors, factors).matvec(torch.ones(5, 3))[0]
         tensor([3., 3., 3.])
         """
         read = self.right.mT @ vectors.unsqueeze(-1)
-        if self.left.shape[-1] == 1:  # a product of numbers; as matrices it would be many times slower
+        if self.left.shape[-1] == 1:  # the general product of matrices is many times slower here
             return self.left.squeeze(-1) * read.squeeze(-1)
         return (self.left @ read).squeeze(-1)
 
     def addmv(self, base: Float[Tensor, "*base out"], vectors: Float[Tensor, "*vectors in_"]) -> Tensor:
-        """``base + self.matvec(vectors)``: what a linear map that answers ``base`` answers once it has this update.
+        """``base + self.matvec(vectors)``: the output of a linear map after this update, if it was ``base`` before.
 
         >>> factors = torch.ones(5, 3, 1)
         >>> LowRank(factors, factors).addmv(torch.ones(3), torch.ones(5, 3))[0]
@@ -118,11 +118,13 @@ class LowRank:
         3.0
         """
         if self.shape[-2:] != other.shape[-2:]:
-            raise ValueError(f"other is {tuple(other.shape)} and this matrix {tuple(self.shape)}: sizes must agree.")
+            raise ValueError(
+                f"other is {tuple(other.shape)} and this matrix {tuple(self.shape)}: sizes must agree in out and in."
+            )
         return ((self.left.mT @ other.left) * (self.right.mT @ other.right)).sum(dim=(-2, -1))
 
     def sum(self, dim: int) -> LowRank:
-        """The sum over one of the leading dimensions, counted as in the dense tensor: its terms' columns side by side.
+        """The sum over a leading dimension, with the columns of all terms side by side; ``dim`` as in the dense tensor.
 
         >>> terms = LowRank(torch.ones(5, 3, 1), torch.ones(1, 4, 1))
         >>> total = terms.sum(dim=0)
@@ -132,12 +134,12 @@ class LowRank:
         leading = len(self.batch_shape)
         place = dim + leading + 2 if dim < 0 else dim
         if not 0 <= place < leading:
-            raise ValueError(f"dim is {dim}: this LowRank is {tuple(self.shape)}, with {leading} leading dimensions.")
+            raise ValueError(f"dim is {dim}: give one of the {leading} leading dimensions of {tuple(self.shape)}.")
         left, right = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
         return LowRank(*(factor.movedim(place, -1).flatten(-2) for factor in (left, right)))
 
     def first(self, terms: int) -> LowRank:
-        """The sum of the first of its rank-one terms: what a matrix that grew step by step was after so many steps.
+        """The sum of the first ``terms`` rank-one terms: a matrix built step by step, after that many steps.
 
         >>> grown = LowRank(torch.eye(3), torch.eye(3))
         >>> grown.first(2).dense().diagonal()
@@ -149,7 +151,7 @@ class LowRank:
         return LowRank(self.left[..., :terms], self.right[..., :terms])
 
     def singular_values(self) -> Float[Tensor, "*batch values"]:
-        """The singular values that may differ from zero, largest first: at most as many as the factors have columns."""
+        """The singular values, largest first; those that are zero because of the low rank are left out."""
         return torch.linalg.svdvals(self._core()).to(self.dtype)
 
     def rank(self) -> Int[Tensor, "*batch"]:
@@ -159,7 +161,7 @@ class LowRank:
         return (values > tolerance).sum(-1)
 
     def to(self, *args: Any, **kwargs: Any) -> LowRank:
-        """Both factors on another device or in another dtype; the arguments are those of `torch.Tensor.to`."""
+        """Move both factors to another device or dtype; the arguments are those of `torch.Tensor.to`."""
         return LowRank(self.left.to(*args, **kwargs), self.right.to(*args, **kwargs))
 
     def __matmul__(self, other: Any) -> Any:
@@ -179,13 +181,13 @@ class LowRank:
     def __add__(self, other: Any) -> Any:
         if isinstance(other, Tensor):
             return self.dense() + other
-        if isinstance(other, int) and other == 0:  # where sum() begins
+        if isinstance(other, int) and other == 0:  # Python's sum() starts with 0
             return self
         if not isinstance(other, LowRank):
             return NotImplemented
         require_same_kind("the first LowRank", self, other=other)
         if self.shape[-2:] != other.shape[-2:]:
-            raise ValueError(f"cannot add {tuple(other.shape)} to {tuple(self.shape)}: out and in must agree.")
+            raise ValueError(f"other is {tuple(other.shape)}, this matrix {tuple(self.shape)}: out and in must agree.")
         return LowRank(_beside(self.left, other.left), _beside(self.right, other.right))
 
     __radd__ = __add__
@@ -200,7 +202,7 @@ class LowRank:
         return -self + other
 
     def __mul__(self, scale: float | int | Tensor) -> LowRank:
-        """Scale by a number, or by one number for each batch entry, ``[*batch, 1, 1]`` as a dense tensor would be."""
+        """Multiply by a number, or by one number for each batch entry, ``[*batch, 1, 1]``."""
         if isinstance(scale, Tensor) and scale.ndim and scale.shape[-2:] != (1, 1):
             raise ValueError(f"scale has shape {tuple(scale.shape)}: give a number, or a tensor [*batch, 1, 1].")
         return LowRank(self.left * scale, self.right)
@@ -212,7 +214,7 @@ class LowRank:
 
     def __getitem__(self, index: Any) -> LowRank:
         """Index the leading dimensions only."""
-        # The two full slices hold the place of the matrix, so that neither an integer nor an ellipsis reaches into it.
+        # The two full slices keep integers and ellipses from indexing the matrix dimensions.
         within = (*index, slice(None), slice(None)) if isinstance(index, tuple) else (index, slice(None), slice(None))
         left, right = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
         return LowRank(left[within], right[within])
@@ -222,10 +224,10 @@ class LowRank:
         return f"LowRank(shape={tuple(self.shape)}, rank≤{columns}, dtype={self.dtype}, device={self.device})"
 
     def _core(self, scaled: bool = False) -> Tensor:
-        """The ``rank × rank`` matrix that has the singular values of the whole: the product of both QR's R factors.
+        """A ``rank × rank`` matrix with the same singular values: the product of the R factors of both QRs.
 
-        Gram matrices would be cheaper and lose half of the digits where terms cancel. With ``scaled``, up to a positive
-        number, so that huge or tiny factors neither overflow nor vanish.
+        Gram matrices would be cheaper but lose half of the digits where terms cancel. With ``scaled``, the result is
+        divided by a positive number, so that huge or tiny factors neither overflow nor underflow.
         """
         wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype  # LAPACK has no half precision
         r_left, r_right = (torch.linalg.qr(factor.to(wide)).R for factor in (self.left, self.right))
@@ -236,6 +238,6 @@ class LowRank:
 
 
 def _beside(a: Tensor, b: Tensor) -> Tensor:
-    """The columns of both, leading dimensions broadcast."""
+    """The columns of both side by side, with leading dimensions broadcast."""
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return torch.cat([a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])], dim=-1)

@@ -1,10 +1,10 @@
-r"""In-context linear regression: the papers' task, its prompts, and training on it.
+r"""In-context linear regression, the task of the papers: its prompts, and training on it.
 
 A prompt is $(x_1, \langle w, x_1\rangle), \dots, (x_N, \langle w, x_N\rangle), (x_q, 0)$ with $x_i, w \sim
-\mathcal N(0, I_d)$; the model is asked for $\langle w, x_q\rangle$ and answers in the last coordinate of its output at
-the last position. Every prompt has its own $w$, so the answer must come from the examples.
+\mathcal N(0, I_d)$. The right answer is $\langle w, x_q\rangle$. The model's answer is the last coordinate of its
+output at the last position. Every prompt has its own $w$, so the answer must come from the examples.
 
-Source: Garg et al. 2022 (arXiv 2208.01066); the setting of Dherin et al. (arXiv 2507.16003), Figure 2.
+Source: Garg et al. 2022 (arXiv 2208.01066), with the setting of Dherin et al. (arXiv 2507.16003, version 1), Figure 2.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from icl_lib.validation import require_size
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """Regression prompts with their answers.
+    """Regression prompts with their right answers.
 
     Attributes:
         sequence: ``[count, N + 1, d + 1]``: the examples ``(x_i, y_i)``, then the query ``(x_q, 0)``.
-        target: ``[count]``: the answers.
+        target: ``[count]``: the right answers.
         task: ``[count, d]``: the hidden weights $w$.
     """
 
@@ -50,7 +50,7 @@ class Prompts:
 
     @property
     def questions(self) -> Float[Tensor, "count n dim"]:
-        """The examples asked as bare queries, ``(x_i, 0)``; their answers are ``context[..., -1]``."""
+        """The examples as bare queries, ``(x_i, 0)``; their right answers are ``context[..., -1]``."""
         questions = self.context.clone()
         questions[..., -1] = 0
         return questions
@@ -92,7 +92,7 @@ def sample_prompts(
 
 
 def prediction(output: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
-    """The answer in a model's output at the query: its last coordinate."""
+    """The model's answer: the last coordinate of its output at the query."""
     return output[..., -1]
 
 
@@ -108,7 +108,7 @@ def mean_squared_error(output: Float[Tensor, "count dim"], prompts: Prompts) -> 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How a model is trained on fresh prompts at every step; `ValueError` for a setting that makes no sense.
+    """How a model is trained, with fresh prompts at every step; a `ValueError` for an invalid setting.
 
     Attributes:
         steps: optimiser steps.
@@ -116,8 +116,8 @@ class TrainingSettings:
         examples: examples in a prompt, $N$.
         features: input features, $d$.
         learning_rate: Adam's, at its peak.
-        schedule: ``cosine``, a warm-up and then down to zero along a cosine, or ``constant``.
-        seed: of the initial weights and of the prompts.
+        schedule: ``cosine``, a warm-up followed by a cosine down to zero, or ``constant``.
+        seed: seed of the initial weights and of the prompts.
         every: steps between two measurements.
     """
 
@@ -140,7 +140,7 @@ class TrainingSettings:
 
 
 class Diverged(ValueError):
-    """Training has left the finite numbers."""
+    """The loss or its gradient is not finite."""
 
     def __init__(self, what: str, trainer: Trainer) -> None:
         rate = trainer.settings.learning_rate
@@ -148,16 +148,16 @@ class Diverged(ValueError):
 
 
 class Trainer:
-    """A model in training: everything that the next step depends on, so that a run can stop and go on elsewhere.
+    """A model in training, with the whole state of the run, so that it can be stopped and continued elsewhere.
 
     Args:
         build: makes the untrained model, any module with a method ``at_query(sequence)``, such as a
-            :class:`~icl_lib.transformer.Transformer` or a :class:`~icl_lib.block.ContextualBlock`; it is called with
-            the random generator seeded by ``settings.seed``, and the global generator is put back afterwards.
+            :class:`~icl_lib.transformer.Transformer` or a :class:`~icl_lib.block.ContextualBlock`. It is called with
+            the random generator seeded by ``settings.seed``; the state of the global generator is restored afterwards.
         settings: see :class:`TrainingSettings`.
 
     Attributes:
-        model: the model, as it is now.
+        model: the current model.
         step: optimiser steps taken.
 
     >>> from icl_lib import Transformer, TransformerConfig
@@ -188,9 +188,9 @@ class Trainer:
         self._loss: Tensor | None = None
 
     def loss(self) -> float:
-        """The loss on the prompts of the coming step.
+        """The loss on the prompts of the next step.
 
-        Raises :class:`Diverged` where it is no longer a finite number.
+        Raises :class:`Diverged` if it is not finite.
         """
         if self._loss is None:
             like = next(self.model.parameters())
@@ -204,9 +204,9 @@ class Trainer:
         return self._loss.item()
 
     def advance(self) -> float:
-        """Take one optimiser step; gives the loss before it.
+        """Take one optimiser step and return the loss before it.
 
-        Raises :class:`Diverged` where the loss or its gradient is no longer finite, and leaves the model as it was.
+        Raises :class:`Diverged` if the loss or its gradient is not finite; the model then stays as it was.
         """
         loss = self.loss()
         self._optimiser.zero_grad()
@@ -220,9 +220,9 @@ class Trainer:
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes to go on from here, bit for bit."""
+        """The state from which :meth:`load_state_dict` continues bit for bit."""
         if self._loss is not None:
-            raise ValueError("the coming step's prompts are drawn already: take the state right after advance().")
+            raise ValueError("the prompts of the next step are drawn already: take the state right after advance().")
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -230,10 +230,10 @@ class Trainer:
             "schedule": self._schedule.state_dict(),
             "prompts": self._prompts.get_state(),
         }
-        return copy.deepcopy(state)  # training goes on; what was saved must not
+        return copy.deepcopy(state)  # further training must not change it
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where another trainer of the same settings was."""
+        """Continue from the state of another trainer with the same settings."""
         self.step, self._loss = state["step"], None
         self.model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
@@ -249,7 +249,7 @@ def train(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> nn.Module:
-    """Build a model and train it; the same settings give the same model, bit for bit, on the same machine.
+    """Build a model and train it; on one machine, the same settings give the same model bit for bit.
 
     Args:
         build, settings: as for :class:`Trainer`.
@@ -257,7 +257,7 @@ def train(
             and after the last one.
         progress: show a progress bar (never while the book is built).
 
-    Raises :class:`Diverged` where the loss or its gradient is no longer a finite number.
+    Raises :class:`Diverged` if the loss or its gradient is not finite.
     """
     trainer = Trainer(build, settings, dtype, device)
     bar = tqdm(range(settings.steps + 1), desc="training", unit="step", disable=not progress or building_book())
@@ -278,7 +278,7 @@ def _constant(_: int) -> float:
 
 
 def _warm_up_then_cosine(step: int, steps: int) -> float:
-    """The learning rate at a step, as a fraction of its peak: up over the first tenth, then down to zero."""
+    """The learning rate as a fraction of its peak: a linear rise over the first tenth, then a cosine down to zero."""
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up

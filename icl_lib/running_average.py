@@ -1,13 +1,13 @@
-r"""What a query reads from a growing context, where a layer takes an average over tokens.
+r"""Contextual layers that take an average over tokens, while the context grows.
 
-Softmax attention, linear attention and mean pooling have this in common. When token $c_i$ joins the tokens before it,
-each head moves a part of the way towards that token's value:
+Softmax attention, linear attention and mean pooling are such layers. When token $c_i$ is appended, each head moves a
+fraction of the way towards the value of this token:
 
 $$r_i^h = r_{i-1}^h + \alpha_i^h\,(v_i^h - r_{i-1}^h), \qquad a_i = \sum_h W_O^h\, r_i^h = A(c_1 \dots c_i, x).$$
 
 For softmax attention the rate $\alpha_i$ is the attention weight of $c_i$ among $c_1 \dots c_i, x$; for a plain average
-it is $1/(i + 1)$. :func:`icl_lib.symbolic.softmax_recursion` derives it. The recursion asks that a new token leaves the
-earlier keys and values, and the query, as they were: positions counted from the end break it.
+it is $1/(i + 1)$. Derived in :func:`icl_lib.symbolic.softmax_recursion`. The recursion holds if a new token changes
+neither the query nor the earlier keys and values; positions counted from the end violate this.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class RunningAverage:
 
     Attributes:
         rates: $\alpha_i^h$, ``[*batch, n, heads]``.
-        values: $v_i^h$, what head $h$ would read from token $i$ alone, ``[*batch, n, heads, head_dim]``.
-        start: $r_0^h$, what it reads from the query alone, ``[*batch, heads, head_dim]``.
-        output: $W_O$, which adds up the heads, ``[out, heads * head_dim]``; None for one head that is the result.
+        values: $v_i^h$, the value of token $i$ in head $h$, ``[*batch, n, heads, head_dim]``.
+        start: $r_0^h$, the value of the query, ``[*batch, heads, head_dim]``.
+        output: $W_O$, the output map, ``[out, heads * head_dim]``; None if there is one head and no output map.
 
     >>> average = RunningAverage(
     ...     rates=torch.tensor([[1 / 2], [1 / 3]]),
     ...     values=torch.tensor([[[4.0]], [[7.0]]]),
     ...     start=torch.tensor([[1.0]]),
     ... )
-    >>> average.read(average.heads())  # of 1; of 1, 4; of 1, 4, 7
+    >>> average.read(average.heads())  # the mean of 1; of 1, 4; of 1, 4, 7
     tensor([[1.0000],
             [2.5000],
             [4.0000]])
@@ -47,16 +47,16 @@ class RunningAverage:
     output: Tensor | None = None
 
     def heads(self) -> Float[Tensor, "*batch steps heads head_dim"]:
-        """What each head has read after 0, 1, …, n tokens, in one pass over them."""
+        """The averages of all heads after 0, 1, …, n tokens, in one pass over the tokens."""
         return running_average(self.rates, self.values, self.start)
 
     def read(self, heads: Float[Tensor, "*some heads head_dim"]) -> Float[Tensor, "*some out"]:
-        """What the layer returns when its heads have read this."""
+        """The layer's output for these averages of its heads."""
         together = heads.flatten(-2)
         return together if self.output is None else together @ self.output.mT
 
     def read_each(self, heads: Float[Tensor, "*some heads head_dim"]) -> Float[Tensor, "*some heads out"]:
-        """The share of each head in what the layer returns."""
+        """The share of each head in the layer's output."""
         if self.output is None:
             return heads
         by_head = self.output.unflatten(-1, heads.shape[-2:])
@@ -74,8 +74,8 @@ def running_average(
 ) -> Float[Tensor, "*batch n+1 heads head_dim"]:
     r"""All of $r_i = (1 - \alpha_i)\, r_{i-1} + \alpha_i v_i$, from $r_0$ to $r_n$.
 
-    Two steps in a row are a step of the same form, so pairs of steps are joined, then pairs of pairs: $\log_2 n$ rounds
-    over all tokens at once, and no sum of exponentials that could overflow.
+    Two steps in a row have the form of one step. So pairs of steps are joined, then pairs of pairs, in $\log_2 n$
+    rounds over all tokens at once. No sum of exponentials is formed, which could overflow.
 
     >>> rates = torch.tensor([[0.5], [0.5], [0.5]])
     >>> running_average(rates, torch.ones(3, 1, 1), torch.zeros(1, 1)).flatten()

@@ -1,8 +1,8 @@
-r"""Is a module of the form $f_\theta(W a + b)$, so that an edit of $W$ is all it takes?
+r"""Test whether a module has the form $f_\theta(W a + b)$.
 
-The theorem needs an MLP whose input reaches its output only through its first linear map. That cannot be read off a
-module, so a copy of it is run: with other weights, and with its first linear map answering the same whatever it reads.
-This is a test on generic inputs and weights, not a proof.
+The theorem needs an MLP whose input reaches its output only through its first linear map. A module does not say whether
+this holds, so a copy of it is run: with random weights, and with the output of its first linear map held fixed. This is
+a test on generic inputs and weights, not a proof.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-REMEDY = "The theorem edits the first linear map of an MLP that reads its input through that map alone."
+REMEDY = "Give an MLP that reads its input only through its first linear map, which the theorem edits."
 
 
 def first_and_last_linear(mlp: nn.Module, output_bias: bool) -> tuple[str, str]:
-    """The names, inside ``mlp``, of the linear map that reads its input and of the last one.
+    """The names, inside ``mlp``, of the linear map that reads its input and of the last linear map.
 
     Args:
-        mlp: run on copies only; it is left as it was, and so is the random generator.
-        output_bias: require the last linear map to write the output, so that its bias is the output's.
+        mlp: only copies of it are run; it does not change, and neither does the random generator.
+        output_bias: require that the output of the last linear map is the output of ``mlp``.
 
-    Raises `ValueError` for a module of another form, saying what is in the way.
+    Raises `ValueError` for a module of another form; the message gives the reason.
 
     >>> first_and_last_linear(nn.Sequential(nn.Linear(4, 9), nn.GELU(), nn.Linear(9, 4)), output_bias=True)
     ('0', '2')
@@ -33,7 +33,7 @@ def first_and_last_linear(mlp: nn.Module, output_bias: bool) -> tuple[str, str]:
     if not widths:
         raise ValueError(f"mlp has no torch.nn.Linear. {REMEDY}")
     if any(tensor.is_meta for tensor in mlp.parameters()):
-        raise ValueError("mlp has parameters on the meta device, which hold no numbers: materialise it first.")
+        raise ValueError("mlp has parameters on the meta device, which hold no values: materialise it first.")
     devices = [tensor.device for tensor in mlp.parameters() if tensor.is_cuda]
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(0)
@@ -41,14 +41,14 @@ def first_and_last_linear(mlp: nn.Module, output_bias: bool) -> tuple[str, str]:
 
 
 def require_deterministic(module: nn.Module, argument: str) -> None:
-    """Require that nothing in ``module`` is random or changes when it runs: dropout and batch norm in training mode."""
+    """Raise a `ValueError` for dropout or batch norm in training mode: their outputs differ from run to run."""
     for name, part in module.named_modules():
         rate = getattr(part, "p" if isinstance(part, nn.modules.dropout._DropoutNd) else "dropout", 0)
         drops = isinstance(rate, float) and rate != 0
         if part.training and (drops or isinstance(part, nn.modules.batchnorm._BatchNorm)):
             raise ValueError(
-                f"{argument}.{name} is a {type(part).__name__} in training mode, which does something else each time "
-                f"it runs: call {argument}.eval() first."
+                f"{argument}.{name} is a {type(part).__name__} in training mode, so its output differs from run to "
+                f"run: call {argument}.eval() first."
             )
 
 
@@ -61,20 +61,20 @@ def _probed(mlp: nn.Module, widths: list[int], output_bias: bool) -> tuple[str, 
     linear = twin.get_submodule(first)
     named = f"mlp's first linear map ({first or 'the module itself'})"
     if not _same(read, inputs):
-        raise ValueError(f"{named} does not read mlp's input as it is: move what stands before it out of mlp.")
+        raise ValueError(f"{named} does not read mlp's input as it is: move the layers before it out of mlp.")
     if [name for name, *_ in runs].count(first) > 1:
         raise ValueError(f"{named} runs more than once in a forward pass. {REMEDY}")
     if not torch.allclose(answer, nn.functional.linear(read, linear.weight, linear.bias), rtol=1e-2):
-        raise ValueError(f"{named} does more than W a + b (an adapter or a hook?): merge or remove it first.")
+        raise ValueError(f"{named} computes more than W a + b (an adapter or a hook?): merge or remove this first.")
 
-    # The same answer whatever is read: what still changes has come in by another way.
+    # With the output of the first map held fixed, a difference must come from another path.
     held = torch.randn_like(answer) * torch.logspace(-2, 2, answer.shape[-1]).to(answer)
     by_input = [_held(twin, first, held, x) for x in (inputs, torch.randn_like(inputs) - inputs)]
     if not _same(*by_input):
         raise ValueError(
-            f"mlp's output depends on its input by another way than its first linear map ({first}): a gate or a skip "
-            "connection inside. The theorem's edit of that map alone is not exact there; use skip=True for a skip "
-            "around the block."
+            f"mlp's output depends on its input by another path than its first linear map ({first}), such as a gate or "
+            "a skip connection inside, so the edit of this map alone is not exact. For a skip around the block, use "
+            "skip=True."
         )
     if first:
         other = nn.Linear(*reversed(linear.weight.shape), bias=linear.bias is not None).to(linear.weight)
@@ -85,22 +85,22 @@ def _probed(mlp: nn.Module, widths: list[int], output_bias: bool) -> tuple[str, 
         held = torch.randn_like(output) * torch.logspace(-2, 2, output.shape[-1]).to(output)
         if runs[-1][2].shape != output.shape or not _same(held, _held(twin, last, held, inputs)):
             raise ValueError(
-                "with skip=True mlp must end in a torch.nn.Linear, whose bias takes the residual; after its last one "
-                f"({last}) mlp still changes the output."
+                "with skip=True mlp must end in a torch.nn.Linear, whose bias absorbs the residual, but mlp changes "
+                f"the output of its last one ({last}): remove what follows it."
             )
         if output.shape[-1] != inputs.shape[-1]:
             raise ValueError(
-                f"with skip=True mlp must return what it reads plus a change: it reads {inputs.shape[-1]} features "
-                f"and returns {output.shape[-1]}."
+                f"with skip=True mlp's output is added to its input, but it reads {inputs.shape[-1]} features and "
+                f"returns {output.shape[-1]}: give an mlp with equal widths."
             )
     return first, last
 
 
 def _generic_copy(mlp: nn.Module) -> nn.Module:
-    """A copy with other weights, so that nothing holds by the accident of a zero or a one."""
+    """A copy with random weights, so that no result depends on a weight that happens to be zero or one."""
     try:
         twin = copy.deepcopy(mlp).eval()
-    except RuntimeError as error:  # old-style weight_norm and prune hold tensors that cannot be copied
+    except RuntimeError as error:  # the old weight_norm and prune hold tensors that cannot be copied
         raise ValueError(f"mlp cannot be copied ({error}): remove reparametrisations from it first.") from None
     for tensor in twin.parameters():
         if tensor.is_floating_point():
@@ -109,7 +109,7 @@ def _generic_copy(mlp: nn.Module) -> nn.Module:
 
 
 def _run_in_order(mlp: nn.Module, widths: list[int]) -> tuple[Tensor, list[tuple[str, Tensor, Tensor]], Tensor]:
-    """Run on inputs of several sizes; gives the inputs, each linear map with what it read and answered, the output."""
+    """Run on inputs of several widths; return the inputs, each linear map with its input and output, and the output."""
     like = next(module.weight for module in mlp.modules() if isinstance(module, nn.Linear))
     refusals = []
     for width in widths:
@@ -139,7 +139,7 @@ def _run_in_order(mlp: nn.Module, widths: list[int]) -> tuple[Tensor, list[tuple
 
 
 def _held(mlp: nn.Module, name: str, answer: Tensor, inputs: Tensor) -> Tensor:
-    """The output while the linear map ``name`` answers ``answer`` whatever it reads."""
+    """The output while the linear map ``name`` returns ``answer`` for every input."""
     hook = mlp.get_submodule(name).register_forward_hook(lambda *_: answer.clone())
     try:
         return mlp(inputs)
@@ -152,7 +152,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def replaced(module: nn.Module, name: str, new: nn.Module) -> Any:
-    """``module`` with its part ``name`` replaced in place; the new part itself where ``name`` is empty."""
+    """Replace the part ``name`` of ``module`` in place and return ``module``; for an empty ``name`` return ``new``."""
     if not name:
         return new
     module.set_submodule(name, new)

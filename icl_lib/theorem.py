@@ -1,8 +1,8 @@
-r"""The theorem's formulas on tensors, one function a statement.
+r"""The theorem's formulas on tensors, one function for each statement.
 
-Each removes a part $Y$ of a context $C$ from a block $f_\theta(W A(C, x) + b)$ and gives the edit that makes up for it.
-$a_0 = A(C \setminus Y, x)$ is what the contextual layer yields without that part (``a_without``), $a_C = A(C, x)$ what
-it yields with it (``a_with``).
+A part $Y$ of the context $C$ is removed from a block $f_\theta(W A(C, x) + b)$, and an edit of the weights replaces it.
+$a_0 = A(C \setminus Y, x)$ is the output of the contextual layer without that part (``a_without``), $a_C = A(C, x)$ its
+output with it (``a_with``).
 
 Source: Dherin, Munn, Mazzawi, Wunder, Gonzalvo, *Learning without training* (arXiv 2507.16003).
 """
@@ -33,7 +33,7 @@ def _check_activations(a_without: Any, a_with: Any) -> None:
     if a_with.shape[-1] != a_without.shape[-1]:
         raise ValueError(
             f"a_with has {a_with.shape[-1]} features and a_without has {a_without.shape[-1]}: "
-            "both must come from the same contextual layer."
+            "take both from the same contextual layer."
         )
     require_broadcastable(a_without=a_without.shape[:-1], a_with=a_with.shape[:-1])
     for name, activation in (("a_without", a_without), ("a_with", a_with)):
@@ -49,14 +49,15 @@ def _check_weight_update(weight: Any, a_without: Any, a_with: Any) -> None:
     if weight.shape[1] != a_without.shape[-1]:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)} and a_without {tuple(a_without.shape)}: the last dimension of "
-            "a_without must be weight's second. Is the weight transposed?"
+            "a_without must equal weight's second. Is the weight transposed?"
         )
-    require_finite("weight", weight, "the theorem needs finite weights; was the model trained to divergence?")
+    require_finite("weight", weight, "the theorem needs finite weights. Did the training diverge?")
     zero = (a_without == 0).all(-1)
     if bool(zero.any()):
         raise ValueError(
-            f"a_without{place(zero)} is zero: the update divides by its squared norm, and no edit of the weights can "
-            "act on a zero input. Keep a token of the context, or let the layer before return something without it."
+            f"a_without{place(zero)} is zero: the update divides by its squared norm, and no edit of the weight "
+            "changes the output for a zero input. Keep a token of the context, or use a contextual layer that is not "
+            "zero without it."
         )
 
 
@@ -66,21 +67,24 @@ def weight_update(
     a_without: Float[Tensor, "*#batch in_"],
     a_with: Float[Tensor, "*#batch in_"],
 ) -> LowRank:
-    r"""The smallest edit of a weight that has the effect of the removed context.
+    r"""The smallest edit of a weight that reproduces the pre-activation with the removed context.
 
     $$\Delta W = \frac{W (a_C - a_0)\, a_0^\top}{\lVert a_0 \rVert^2}, \qquad (W + \Delta W)\, a_0 = W a_C .$$
 
-    Source: Dherin et al., Theorem 2.2. It has rank at most one, and it is the unique solution of least Frobenius norm
-    (v4, Theorem 2.3); :func:`icl_lib.symbolic.weight_update` derives both.
+    It has rank at most one. It is the only edit of least Frobenius norm with $(W + \Delta W)\, a_0 = W a_C$, so the
+    only smallest one that gives the same block output for every $f_\theta$. For one given $f_\theta$ there can be
+    smaller edits with the same output: :func:`icl_lib.experiments.one_block.smaller_edits`. Source: Dherin et al.
+    (arXiv 2507.16003), Theorem 2.2 in version 1, Theorem 2.3 in version 4. Derived in
+    :func:`icl_lib.symbolic.weight_update`.
 
-    Shapes: ``weight`` ``[out, in]``; ``a_without``, ``a_with`` ``[*batch, in]``, leading dimensions broadcast. The
-    result is one rank-one :class:`~icl_lib.low_rank.LowRank` ``[*batch, out, in]``. The right factor is the unit vector
-    $a_0 / \lVert a_0 \rVert$, so the left factor carries the whole norm.
+    Shapes: ``weight`` is ``[out, in]``; ``a_without`` and ``a_with`` are ``[*batch, in]``, and their leading dimensions
+    broadcast. The result is one rank-one :class:`~icl_lib.low_rank.LowRank` ``[*batch, out, in]``. Its right factor is
+    the unit vector $a_0 / \lVert a_0 \rVert$, so the norm of the left factor is the norm of the update.
 
-    Raises `ValueError` for a zero, NaN or infinite activation, for shapes, dtypes or devices that do not fit, and where
-    the update is too large for the dtype. There is no epsilon: the identity is exact. In floating point the relative
-    error is about $\lVert W \rVert \lVert a_0 \rVert / \lVert W a_C \rVert$ machine epsilons, so that digits are lost
-    where $a_0$ is much longer than $a_C$.
+    Raises `ValueError` for a zero $a_0$, for NaN or infinite values, for shapes, dtypes or devices that do not match,
+    and for an update that overflows its dtype. There is no epsilon in the denominator. In floating point the relative
+    error is about $\lVert W \rVert \lVert a_0 \rVert / \lVert W a_C \rVert$ machine epsilons: digits are lost where
+    $a_0$ is much longer than $a_C$.
 
     >>> W = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     >>> update = weight_update(W, a_without=torch.tensor([1.0, 0.0]), a_with=torch.tensor([1.0, 1.0]))
@@ -97,9 +101,9 @@ def weight_update(
 
 
 def directions(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A power of two, how many of it each vector is long, and the vector's direction.
+    """A power of two, the length of each vector in units of it, and the vector's direction.
 
-    The length itself might overflow or vanish; a power of two rounds nothing.
+    The length itself could overflow or underflow. Division by a power of two is exact.
     """
     exponent = torch.frexp(vectors.abs().amax(-1, keepdim=True).double()).exponent
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 1).to(vectors.dtype)
@@ -109,11 +113,11 @@ def directions(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def require_representable(left: Tensor, formula: str, divisor: str) -> None:
-    """Require a quotient that its dtype can hold."""
+    """Raise a `ValueError` where the left factor overflows its dtype."""
     require_finite(
         "the update's left factor",
         left,
-        f"{formula} is too large for {left.dtype}: {divisor} is very small, or the others are very large. "
+        f"{formula} is too large for {left.dtype}, since {divisor} is very small or the other values are very large. "
         "Use a wider dtype.",
     )
 
@@ -122,17 +126,18 @@ def require_representable(left: Tensor, formula: str, divisor: str) -> None:
 def bias_update(
     a_without: Float[Tensor, "*#batch dim"], a_with: Float[Tensor, "*#batch dim"]
 ) -> Float[Tensor, "... dim"]:
-    r"""The edit of the output bias that carries the skip connection's share.
+    r"""The edit of the output bias that a block with skip connections needs beside $\Delta W$.
 
-    In $T(C, x) = x + A(C, x) + W' g(W A(C, x) + b) + b'$ the removed context also reaches the output directly, and
+    In $T(C, x) = x + A(C, x) + W' \sigma(W A(C, x) + b) + b'$ the removed context also reaches the output along the
+    skip connection. The output bias adds the difference:
 
-    $$\Delta b' = a_C - a_0$$
+    $$\Delta b' = a_C - a_0 .$$
 
-    makes up for it beside the same $\Delta W$. Source: Dherin et al., Appendix A (Theorem B.2);
-    :func:`icl_lib.symbolic.bias_update` derives it.
+    Source: Dherin et al. (arXiv 2507.16003), version 1, the appendix on skip connections; Theorem C.2 in version 4.
+    Derived in :func:`icl_lib.symbolic.bias_update`.
 
-    Shapes: both ``[*batch, dim]``, leading dimensions broadcast. Raises `ValueError` for NaN or infinite activations
-    and for shapes, dtypes or devices that do not fit.
+    Shapes: both are ``[*batch, dim]``, and their leading dimensions broadcast. Raises `ValueError` for NaN or infinite
+    activations and for shapes, dtypes or devices that do not match.
 
     >>> bias_update(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
     tensor([0., 1.])
@@ -145,37 +150,43 @@ def _check_least_norm_edit(reads: Any, changes: Any) -> None:
     require_float("changes", changes, 2, "[*batch, m, out]")
     require_same_kind("reads", reads, changes=changes)
     for name, vectors in (("reads", reads), ("changes", changes)):
-        require_finite(name, vectors, "look for overflow or NaN weights before it.")
+        require_finite(name, vectors, "look for overflow or NaN weights in the layers before.")
     if reads.shape[:-1] != changes.shape[:-1]:
         raise ValueError(
             f"reads have shape {tuple(reads.shape)} and changes {tuple(changes.shape)}: give one change for each read."
         )
     many, width = reads.shape[-2:]
     if many > width:
-        raise ValueError(f"{many} vectors of width {width} are not linearly independent: no one edit serves them all.")
+        raise ValueError(
+            f"reads: {many} vectors of width {width} are not linearly independent, so no single edit serves them all. "
+            "Give each its own edit."
+        )
     zero = (reads == 0).all(-1)
     if bool(zero.any()):
-        raise ValueError(f"reads{place(zero)} is zero, so the reads are not linearly independent: no edit acts on it.")
+        raise ValueError(
+            f"reads{place(zero)} is zero, so the reads are not linearly independent: no edit changes the output for a "
+            "zero input. Remove it."
+        )
 
 
 @validated_by(_check_least_norm_edit)
 def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor, "*batch m out"]) -> LowRank:
-    r"""The smallest edit of a weight that changes what it answers to each of $m$ vectors as asked.
+    r"""The smallest edit of a weight that changes its output for each of $m$ reads by a given vector.
 
-    $$D = C R^+, \qquad D\, r_k = c_k ,$$
+    $$D = C R^+, \qquad D\, r_k = c_k .$$
 
-    with the vectors as the columns of $R$ and $C$, and the Moore–Penrose inverse. Exact while the $r_k$ are linearly
-    independent; its rank is at most $m$.
+    The reads $r_k$ and the changes $c_k$ are the columns of $R$ and $C$, and $R^+$ is the Moore–Penrose inverse. The
+    edit is exact if the $r_k$ are linearly independent. Its rank is at most $m$.
 
-    Shapes: ``reads`` ``[*batch, m, in]``, ``changes`` ``[*batch, m, out]``. Raises `ValueError` where the reads are
-    linearly dependent to the precision of their dtype, or of float32 where that is less.
+    Shapes: ``reads`` is ``[*batch, m, in]``, ``changes`` is ``[*batch, m, out]``. Raises `ValueError` for reads that
+    are linearly dependent to the precision of their dtype (of float32 for half precision).
 
     >>> edit = least_norm_edit(torch.eye(3)[:2], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     >>> edit.dense()
     tensor([[1., 3., 0.],
             [2., 4., 0.]])
     """
-    # Directions alone decide on independence; the triangular factor of a few columns costs nothing in float64.
+    # Independence is a matter of the directions. Their QR factors are small, so float64 costs little.
     scale, length, unit = (part.double() for part in directions(reads))
     basis, triangle = torch.linalg.qr(unit.mT)
     values = torch.linalg.svdvals(triangle)
@@ -183,8 +194,8 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
     dependent = ~(values[..., -1] > reads.shape[-2] * torch.finfo(precision).eps * values[..., 0])
     if bool(dependent.any()):
         raise ValueError(
-            f"reads{place(dependent)} are not linearly independent ({reads.shape[-2]} vectors, the smallest singular "
-            "value of their directions is nearly zero): no one edit serves them all. Give each position its own."
+            f"reads{place(dependent)} are not linearly independent ({reads.shape[-2]} vectors; the smallest singular "
+            "value of their directions is nearly zero), so no single edit serves them all. Give each its own edit."
         )
     left = torch.linalg.solve_triangular(triangle, (changes / scale / length).mT, upper=True, left=False)
     left = left.to(reads.dtype)
@@ -201,14 +212,15 @@ def _check_joint(weight: Any, a_without: Any, a_with: Any) -> None:
 def joint_weight_update(
     weight: Float[Tensor, "out in_"], a_without: Float[Tensor, "*batch m in_"], a_with: Float[Tensor, "*batch m in_"]
 ) -> LowRank:
-    r"""One edit that has the effect of the removed context on $m$ queries at once.
+    r"""The smallest edit that reproduces the pre-activations of $m$ queries at once.
 
     $$\Delta V = V (Z_C - Z_0)\, Z_0^+, \qquad (V + \Delta V)\, z_0^k = V z_C^k .$$
 
-    :func:`weight_update` is $m = 1$. Exact while the $z_0^k$ are linearly independent, so for at most ``in`` queries.
+    For $m = 1$ it is :func:`weight_update`. It is exact if the $z_0^k$ are linearly independent, so for at most ``in``
+    queries.
 
-    Shapes: ``weight`` ``[out, in]``; ``a_without`` $Z_0$ and ``a_with`` $Z_C$ ``[*batch, m, in]``. Raises `ValueError`
-    as :func:`weight_update` does, and where the $z_0^k$ are linearly dependent.
+    Shapes: ``weight`` is ``[out, in]``; ``a_without`` ($Z_0$) and ``a_with`` ($Z_C$) are ``[*batch, m, in]``. Raises
+    `ValueError` as :func:`weight_update` does, and for linearly dependent $z_0^k$.
 
     >>> V, Z_0, Z_C = torch.randn(5, 4).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
     >>> edited = V + joint_weight_update(V, Z_0, Z_C).dense()
@@ -219,7 +231,7 @@ def joint_weight_update(
 
 
 def alignment(first: LowRank, second: LowRank) -> Tensor:
-    r"""The cosine of the angle between two updates, as vectors of all their entries.
+    r"""The cosine of the angle between two updates, taken as vectors of their entries.
 
     $$\cos(\Delta W, \Delta W') = \frac{\operatorname{tr}(\Delta W^\top \Delta W')}
       {\lVert \Delta W\rVert_F \lVert \Delta W'\rVert_F}$$
@@ -229,9 +241,9 @@ def alignment(first: LowRank, second: LowRank) -> Tensor:
     that times the cosine of their $f$ (:func:`icl_lib.symbolic.alignment_across`), and it changes with the numbering of
     the hidden units (:func:`icl_lib.symbolic.hidden_permutation`).
 
-    Shapes: both ``[*batch, out, in]``; leading dimensions broadcast, so ``alignment(u[..., :, None], u[..., None, :])``
-    is the table of all pairs. NaN where an update is zero, which has no direction. Raises `ValueError` for updates of
-    different sizes.
+    Shapes: both are ``[*batch, out, in]``, and their leading dimensions broadcast:
+    ``alignment(u[..., :, None], u[..., None, :])`` is the table of all pairs. The result is NaN for a zero update,
+    which has no direction. Raises `ValueError` for updates of different sizes.
 
     >>> e = torch.eye(3)
     >>> updates = LowRank(e[:, :, None], torch.ones(3, 1, 1))  # three updates, pairwise orthogonal

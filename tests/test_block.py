@@ -147,7 +147,7 @@ CONTEXT, QUERY = prompt((2,))
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"context": CONTEXT[:, :0]}, "context is empty: there is nothing to turn into weights"),
+        ({"context": CONTEXT[:, :0]}, "context is empty: there is nothing to turn into an edit"),
         ({"keep": [0, 5]}, r"keep\[1\] is 5: the context has tokens 0 … 4"),
         ({"keep": [-1]}, r"keep\[0\] is -1"),
         ({"keep": [1, 1]}, "keep names a token twice"),
