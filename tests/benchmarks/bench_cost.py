@@ -1,7 +1,7 @@
-"""Time and memory of a forward pass, of its verification with low-rank edits, and of the same with dense matrices.
+"""Time and memory of a forward pass, of a verification with low-rank edits, and of one with dense matrices.
 
-Timings on a shared machine drift. So the calls that are compared take turns, and what counts is their ratio within a
-round; the medians over rounds are kept with their quartiles.
+Timings on a shared machine drift. So the calls that are compared take turns, and their ratio is taken within a round.
+The results are medians and quartiles over rounds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks.dense import LIMIT, dense_bytes, verify_dense
 from benchmarks.memory import peak_memory
 from benchmarks.operations import fitted_exponent, operations
 from icl_lib import Transformer, TransformerConfig, verify
+from icl_lib.measures import relative_error
 from icl_lib.verification import TOLERANCE
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "data" / "cost.json"
@@ -32,7 +33,7 @@ Calls = dict[str, Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and its prompts; a prompt is ``context`` tokens and one query."""
+    """A model and its prompts; a prompt has ``context`` tokens and one query."""
 
     batch: int
     context: int
@@ -48,7 +49,7 @@ class Shape:
         return self.context + 1
 
     def calls(self) -> Calls:
-        """What is measured, on one random model and its prompts."""
+        """Return the calls to measure, on one random model and its prompts."""
         torch.manual_seed(0)
         model = Transformer(
             TransformerConfig(dim=self.width, blocks=self.blocks, heads=self.heads, hidden_layers=2, norm="pre")
@@ -65,7 +66,7 @@ class Shape:
         return operations(self.batch, self.tokens, self.width, self.blocks)
 
 
-# With the number of rounds.
+# Each shape with its number of rounds.
 SHAPES = {
     Shape(128, 50, 3, 5, heads=3): 21,
     Shape(128, 50, 32, 5, heads=4): 11,
@@ -73,7 +74,7 @@ SHAPES = {
     Shape(8, 128, 256, 4, heads=8): 7,
     Shape(1, 1024, 768, 12, heads=12): 3,
 }
-# From small to large along one axis, the rest fixed.
+# Sizes from small to large along one axis, with the others fixed.
 AXES = {
     "width": [Shape(8, 127, width, 1, heads=4) for width in (64, 128, 256, 512, 1024)],
     "context": [Shape(16, context, 64, 1, heads=4) for context in (64, 128, 256, 512, 1024, 2048)],
@@ -86,7 +87,7 @@ SCALING_ROUNDS = 5
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Collects the rows; where all are there, prints them and renews the numbers of the book's page."""
+    """Collect the rows; once all are there, print them and write the numbers that the book reads."""
     found: dict[str, Any] = {
         "settings": {"dtype": "float32", "device": "cpu", "limit": int(LIMIT)},
         "versions": {name: version(name) for name in ("icl_lib", "torch")} | {"python": platform.python_version()},
@@ -107,10 +108,10 @@ def bench_verification(benchmark: Any, results: dict[str, Any], shape: Shape) ->
     calls, needed = shape.calls(), dense_bytes(shape.batch, shape.tokens, shape.width)
     if needed > LIMIT:
         del calls["dense"]
-    memory = {name: peak_memory(call) for name, call in calls.items()}  # and this is the warm-up
+    memory = {name: peak_memory(call) for name, call in calls.items()}  # also the warm-up
     errors = {"verify": calls["verify"]().max_error}
     if "dense" in calls:
-        errors["dense"] = max(relative(*pair) for pair in calls["dense"]())
+        errors["dense"] = max(relative_error(*pair).max().item() for pair in calls["dense"]())
     assert max(errors.values()) <= TOLERANCE[torch.float32]
     seconds = interleaved(benchmark, calls, SHAPES[shape])
     ratios = {
@@ -163,7 +164,7 @@ COMPARED = ("forward", "verify")
 
 
 def interleaved(benchmark: Any, calls: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, Sequence[float]]:
-    """Seconds of each call in each round, the calls taking turns; the last is the one that pytest-benchmark shows."""
+    """Return the seconds of each call in each round; the calls take turns, and pytest-benchmark shows the last one."""
     *others, (last, timed) = calls.items()
     seconds: dict[Any, Sequence[float]] = {name: [] for name in calls}
 
@@ -178,28 +179,23 @@ def interleaved(benchmark: Any, calls: dict[Any, Callable[[], Any]], rounds: int
     return seconds
 
 
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest relative distance of two answers at a position."""
-    return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-
-
 def ratio(seconds: dict[str, Sequence[float]], above: str, below: str) -> list[float]:
-    """Quartiles of the ratio within a round."""
+    """Return the quartiles of the ratio within a round."""
     return quartiles([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
+    """Return the lower quartile, the median and the upper quartile."""
     return [digits(value) for value in statistics.quantiles(values, n=4, method="inclusive")]
 
 
 def digits(value: float) -> float:
-    """Four of them, which is more than repeats."""
+    """Round to four digits, more than repeated runs share."""
     return float(f"{value:.4g}")
 
 
 def written(found: dict[str, Any]) -> str:
-    """As JSON, one row a line."""
+    """Return the results as JSON, with one row on each line."""
     parts = []
     for name, value in found.items():
         rows = ",\n".join(f"  {json.dumps(row)}" for row in value) if isinstance(value, list) else None
@@ -208,7 +204,7 @@ def written(found: dict[str, Any]) -> str:
 
 
 def summary(found: dict[str, Any]) -> str:
-    """The tables that `make bench` prints."""
+    """Return the tables that `make bench` prints."""
     shapes = [
         {
             "shape": ", ".join(f"{name} {row[name]}" for name in ("batch", "context", "width", "blocks")),

@@ -1,6 +1,6 @@
-"""Time and memory of verifying a language model, against one forward pass over its prompt.
+"""Time and memory of verifying a language model, relative to one forward pass over its prompt.
 
-A Llama shape with random weights: on the CPU of 12 blocks; on a GPU, where there is one, of 8 billion parameters.
+The model is a Llama with random weights: 12 blocks on the CPU and, if there is a GPU, 8 billion parameters on it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "book" / "data" / "cost_language
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """A Llama with random weights and one prompt, the last token of which is the query."""
+    """A Llama with random weights and one prompt, whose last token is the query."""
 
     tokens: int
     width: int
@@ -42,7 +42,7 @@ class LlamaShape:
         return f"{self.blocks} blocks of width {self.width}, {self.tokens} tokens, {self.dtype} on {self.device}"
 
     def model(self) -> LlamaForCausalLM:
-        """Made where it will run, in the precision that it will have."""
+        """Create the model on its device and in its precision, without a copy elsewhere."""
         config = LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.width,
@@ -61,7 +61,7 @@ class LlamaShape:
             torch.set_default_dtype(before)
 
     def calls(self) -> dict[str, Callable[[], Any]]:
-        """What is measured."""
+        """Return the calls to measure."""
         torch.manual_seed(0)
         model = self.model()
         ids = torch.randint(0, self.vocabulary, (1, self.tokens), device=self.device)
@@ -69,10 +69,10 @@ class LlamaShape:
 
         def on_device(call: Callable[[], Any]) -> Callable[[], Any]:
             def timed() -> Any:
-                answer = call()
+                result = call()
                 if self.device == "cuda":
                     torch.cuda.synchronize()
-                return answer
+                return result
 
             return timed
 
@@ -85,7 +85,7 @@ class LlamaShape:
         return {name: on_device(call) for name, call in calls.items()}
 
 
-# With the number of rounds.
+# Each shape with its number of rounds.
 SHAPES = {LlamaShape(512, 768, 2048, 12, 12, 12, 32000, "float32", "cpu"): 7}
 if torch.cuda.is_available():
     SHAPES[LlamaShape(8192, 4096, 14336, 32, 32, 8, 128256, "bfloat16", "cuda")] = 7
@@ -93,7 +93,7 @@ if torch.cuda.is_available():
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[list[dict[str, Any]]]:
-    """Collects the rows, prints them and writes them beside the other numbers of the book."""
+    """Collect the rows; once all are there, write the numbers that the book reads."""
     rows: list[dict[str, Any]] = []
     yield rows
     if len(rows) == len(SHAPES):
@@ -110,7 +110,7 @@ def results() -> Iterator[list[dict[str, Any]]]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_language(benchmark: Any, results: list[dict[str, Any]], capsys: Any, shape: LlamaShape) -> None:
     calls = shape.calls()
-    memory = {name: peak_memory(call, shape.device) for name, call in calls.items()}  # and this is the warm-up
+    memory = {name: peak_memory(call, shape.device) for name, call in calls.items()}  # also the warm-up
     reports = {name: call() for name, call in calls.items() if name != "forward"}
     if shape.dtype == "float32":
         assert all(report.holds for report in reports.values())
@@ -134,7 +134,7 @@ def bench_language(benchmark: Any, results: list[dict[str, Any]], capsys: Any, s
             {
                 "shape": str(shape),
                 "time of": name,
-                "against forward": "{1:.2f} ({0:.2f} … {2:.2f})".format(*row["ratios"][f"{name} / forward"]),
+                "over forward": "{1:.2f} ({0:.2f} … {2:.2f})".format(*row["ratios"][f"{name} / forward"]),
                 "memory, MB": memory[name] / 1e6,
                 "forward, MB": memory["forward"] / 1e6,
                 "largest error": row["errors"][name],

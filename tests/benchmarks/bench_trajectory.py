@@ -1,4 +1,4 @@
-"""Time and memory of following the weights through a prompt, beside a forward pass and one pass for each prefix."""
+"""Time and memory of the weights after each token, compared with a forward pass and with one pass for each prefix."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from icl_lib.dynamics import trajectory
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "data" / "cost_trajectory.json"
 TOKENS = 1000
-# With the number of rounds.
+# Each width with its number of rounds.
 WIDTHS = {64: 21, 256: 11, 768: 7}
 LENGTHS = (500, 1000, 2000, 4000)
 EACH_PREFIX = 64
-"""The width at which one pass for each prefix is measured as well; it takes a thousand passes."""
+"""The only width at which one pass for each prefix is measured, since this takes a thousand passes."""
 
 
 def calls(width: int, tokens: int) -> dict[str, Callable[[], Any]]:
-    """What is measured, on a random model of one block and a prompt of ``tokens`` tokens."""
+    """Return the calls to measure, on a random model of one block and a prompt of ``tokens`` tokens."""
     torch.manual_seed(0)
     config = TransformerConfig(dim=width, heads=8, skip=False)
     model = Transformer(config).requires_grad_(False)
@@ -47,7 +47,7 @@ def calls(width: int, tokens: int) -> dict[str, Callable[[], Any]]:
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Collects the rows; where all are there, prints them and renews the numbers of the book's page."""
+    """Collect the rows; once all are there, print them and write the numbers that the book reads."""
     found: dict[str, Any] = {
         "settings": {"dtype": "float32", "device": "cpu", "tokens": TOKENS},
         "versions": {name: version(name) for name in ("icl_lib", "torch")} | {"python": platform.python_version()},
@@ -88,7 +88,7 @@ def bench_trajectory(benchmark: Any, results: dict[str, Any], width: int) -> Non
 
 
 def bench_trajectory_memory(benchmark: Any, results: dict[str, Any]) -> None:
-    """Peak memory over the number of tokens; the exponent is that of a straight line on log–log axes."""
+    """Measure peak memory over the number of tokens; the exponent is the slope of a line on log–log axes."""
     peaks = {}
     for name in ("forward", "trajectory"):
         peaks[name] = [peak_memory(calls(EACH_PREFIX, tokens)[name]) for tokens in LENGTHS]

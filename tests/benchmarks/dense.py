@@ -1,4 +1,4 @@
-"""The same check with every weight edit formed as a matrix, as the papers' own code does: the naive version."""
+"""A verification that forms every weight edit as a matrix."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from icl_lib import Transformer
 from icl_lib.transformer import Block
 
 LIMIT = 8e9
-"""Bytes that the matrices may take."""
+"""The largest size of the matrices in bytes."""
 
 
 def dense_bytes(batch: int, tokens: int, width: int, itemsize: int = 4) -> int:
-    """Bytes of one block's matrices: the updates, and the edited weights beside them."""
+    """Return the bytes of one block's matrices: the updates and the edited weights."""
     return 2 * batch * tokens * 4 * width * width * itemsize
 
 
 @torch.no_grad()
 def verify_dense(model: Transformer, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What each block answers when edited and fed the stream of the query alone, and what it answers with the context:
-    two ``[batch, n, width]`` a block.
+    """Return, for each block, its edited output for the query's stream alone and its output with the context.
 
-    For pre-norm models with skip connections, the query last. One block at a time, so that one block's matrices are
-    all that is held.
+    Both are ``[batch, n, width]``. For pre-norm models with skip connections; the query is the last token. It treats
+    one block at a time, so that only one block's matrices are in memory.
     """
     stream, pairs = inputs, []
     for block in model.blocks:
@@ -38,7 +37,7 @@ def _block(block: Block, stream: Tensor) -> tuple[Tensor, Tensor]:
     g, f = block.norm_mlp(h), block.norm_mlp(h_0)
     W, b = block.mlp[0].weight, block.mlp[0].bias
     rest = block.mlp[1:]
-    # Dividing the vector, not the matrices, saves a third copy of them.
+    # Dividing the vector and not the matrices avoids a third copy of them.
     delta_W = ((g - f) @ W.mT)[..., :, None] * (f / f.square().sum(-1, keepdim=True))[..., None, :]
     delta_b = h - h_0
     edited = (f[..., None, :] @ (W + delta_W).mT).squeeze(-2)  # [batch, n, hidden]

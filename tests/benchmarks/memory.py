@@ -1,4 +1,4 @@
-"""Peak memory of a call, from the allocator's own record: exact, and the same on every run."""
+"""Peak memory of a call from the allocator's record, which is exact and the same in every run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def peak_memory(call: Callable[[], Any], device: str = "cpu") -> int:
-    """The most bytes that tensors made during ``call`` take at one time; what existed before does not count.
+    """Return the largest total size, at one time, of the tensors made during ``call``, in bytes.
 
-    On the CPU, PyTorch's allocator tells the profiler of each allocation and each release, the scratch space inside an
-    operator included. What a linear-algebra library takes for itself is not seen, nor is Python's own memory.
+    On the CPU, PyTorch's allocator reports each allocation and release to the profiler, including scratch space inside
+    operators. Memory of the linear-algebra library and of Python is not included.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""How many operations it takes, and how a quantity grows: what the measured times are compared with."""
+"""Numbers of operations, and exponents of growth, to compare with measured times."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Sequence
 
 
 def operations(batch: int, tokens: int, width: int, blocks: int, causal: bool = True) -> dict[str, int]:
-    """Floating-point operations (a multiplication and an addition are two) of the matrix products in one forward pass
-    and in one verification of all positions with the query as the reference.
+    """Return the floating-point operations of the matrix products in one forward pass and in one verification.
 
-    A block has attention and an MLP with two hidden layers, four times as wide as the stream.
+    A multiplication and an addition count as two. The verification covers all positions, with reference ``query``. A
+    block has attention and an MLP with two hidden layers, four times as wide as the stream.
     """
 
-    def attention(length: int) -> int:  # four projections; scores and values over the tokens that are seen
+    def attention(length: int) -> int:  # four projections; scores and weighted values of the attended tokens
         seen = length * (length + 1) // 2 if causal else length * length
         return 4 * length * width**2 + 2 * seen * width
 
     first, rest = 4 * width**2, (16 + 4) * width**2  # of the MLP, for each token
     forward = attention(tokens) + tokens * (first + rest)
     alone = attention(1) + first + rest
-    # In each block: the query alone; W (g - f) and the rest of the MLP at every position; the patched block's own
-    # reading of the query. In the end the whole model on the bare query, with its patch and without.
+    # In each block: the query alone; W (g - f) and the rest of the MLP at every position; attention and W f of the
+    # patched block. At the end the whole model on the bare query, with its patch and without.
     extra = alone + tokens * (first + rest) + (attention(1) + first) + 2 * alone
     return {"forward": 2 * batch * blocks * forward, "verify": 2 * batch * blocks * (forward + extra)}
 
 
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    """The slope of ``log(value)`` over ``log(size)`` by least squares, and its standard error."""
+    """Return the slope of ``log(value)`` over ``log(size)`` by least squares, and its standard error."""
     x, y = ([math.log(value) for value in series] for series in (sizes, values))
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
