@@ -1,6 +1,6 @@
-"""``python -m icl_lib``: verify the identity on a language model, save its prompt as an adapter, write a report.
+"""``python -m icl_lib``: verify the identity on a language model, save a prompt as an adapter, write a report.
 
-Exit codes: 0 where the identity holds, 1 where it fails (or was not tested, since the prompt changes nothing), 2 for
+Exit codes: 0 if the identity holds; 1 if it fails, or if the prompt changes nothing, so that nothing was tested; 2 for
 wrong usage.
 """
 
@@ -30,15 +30,15 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Option(help="a folder with a model in safetensors, or a name on the Hugging Face hub")]
 Prompt = Annotated[str | None, typer.Option(help="the text that the edits replace")]
-Query = Annotated[str | None, typer.Option(help="the text that is left")]
-PromptIds = Annotated[str | None, typer.Option(help="token ids instead of --prompt, such as '5 3 8'")]
+Query = Annotated[str | None, typer.Option(help="the text that remains")]
+PromptIds = Annotated[str | None, typer.Option(help="token ids instead of --prompt, for example '5 3 8'")]
 QueryIds = Annotated[str | None, typer.Option(help="token ids instead of --query")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: spread over what there is")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto: all devices found")]
 Dtype = Annotated[str, typer.Option(help=f"precision: {', '.join(DTYPES)}")]
-Outer = Annotated[str | None, typer.Option(help="what takes the change of the stream: down, bias or scale")]
-Joint = Annotated[bool, typer.Option("--joint", help="one edit a map for all positions of the query")]
-Tolerance = Annotated[float | None, typer.Option(help="relative error up to which the identity holds")]
-Progress = Annotated[bool, typer.Option("--progress", help="show a bar over blocks")]
+Outer = Annotated[str | None, typer.Option(help="which weights add the change of the stream: down, bias or scale")]
+Joint = Annotated[bool, typer.Option("--joint", help="one edit of each map for all positions of the query")]
+Tolerance = Annotated[float | None, typer.Option(help="the largest relative error for which the identity holds")]
+Progress = Annotated[bool, typer.Option("--progress", help="show a progress bar over blocks")]
 Json = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
 
 
@@ -57,7 +57,7 @@ def verify(
     progress: Progress = False,
     json: Json = False,
 ) -> None:
-    """Check that the edited model answers the bare query as the model answers the whole prompt."""
+    """Check that the edited model outputs for the query alone what the model outputs for the whole prompt."""
     with usage_errors():
         loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
         report = verify_prompt(
@@ -82,9 +82,9 @@ def absorb(
     progress: Progress = False,
     json: Json = False,
 ) -> None:
-    """Save the prompt as a LoRA adapter for this query, which peft.PeftModel.from_pretrained loads.
+    """Save the prompt as a LoRA adapter for this query, in the format of peft.PeftModel.from_pretrained.
 
-    The identity is verified first, with one edit a map for the whole query; where it fails nothing is written.
+    The identity is verified first, with one edit of each map for the whole query. If it fails, nothing is written.
     """
     with usage_errors():
         loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
@@ -95,7 +95,7 @@ def absorb(
             absorb_prompt(loaded, ids, context_length, outer=outer, progress=progress).to_lora(output, loaded)
     typer.echo(found.to_json(indent=2) if json else str(found))
     last = ids.shape[1] - 1
-    told = f"written to {output}; feed it the query at the positions {context_length} to {last}"
+    told = f"written to {output}; call the model with the query at the positions {context_length} to {last}"
     typer.echo(told if found.holds else "nothing was written", err=json)
     raise typer.Exit(_status(found))
 
@@ -103,7 +103,7 @@ def absorb(
 @app.command()
 def report(
     model: Model,
-    output: Annotated[Path, typer.Option(help="a file that ends in .json or .html")],
+    output: Annotated[Path, typer.Option(help="a file whose name ends in .json or .html")],
     prompt: Prompt = None,
     query: Query = None,
     prompt_ids: PromptIds = None,
@@ -115,7 +115,7 @@ def report(
     tolerance: Tolerance = None,
     progress: Progress = False,
 ) -> None:
-    """Write what verify measures into a file, as JSON or as a page of HTML."""
+    """Write the measurements of verify to a file, as JSON or HTML."""
     with usage_errors():
         if output.suffix not in (".json", ".html"):
             raise ValueError(f"--output is {output}: give a name that ends in .json or .html.")
@@ -137,7 +137,7 @@ def _status(found: Report) -> int:
 
 @contextlib.contextmanager
 def usage_errors() -> Iterator[None]:
-    """Turn what a user can get wrong into one line and the exit code 2."""
+    """Turn errors of usage into one line and the exit code 2."""
     try:
         yield
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
@@ -154,9 +154,9 @@ def load(
     prompt_ids: str | None,
     query_ids: str | None,
 ) -> tuple[nn.Module, Tensor, int]:
-    """The model, the token ids of prompt and query ``[1, n]``, and how many of them are the prompt's.
+    """Return the model, the token ids of prompt and query ``[1, n]``, and the number of tokens of the prompt.
 
-    A folder is read from the disk alone. Weights are read from safetensors only, and no code comes with them.
+    A folder is read without the network. Weights are read from safetensors only, and no code of the model is run.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype}: choose one of {', '.join(DTYPES)}.")
@@ -173,7 +173,7 @@ def load(
         AutoConfig.from_pretrained(name, **_source(name))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model is {name}: no folder with a model, and none that the hub gives ({_first_line(error)})."
+            f"--model is {name}: neither a folder with a model nor a model on the hub ({_first_line(error)})."
         ) from None
     before = _ids("prompt", name, prompt, prompt_ids, special=True)
     after = _ids("query", name, query, query_ids, special=False)
@@ -190,14 +190,14 @@ def load(
 
 
 def _ids(name: str, model: str, text: str | None, ids: str | None, special: bool) -> list[int]:
-    """Token ids of a text, or written out; the two parts of a prompt are tokenised apart, so that they can be told."""
+    """Return the token ids of a text, or those given; prompt and query are tokenised separately."""
     if (text is None) == (ids is None):
         raise ValueError(f"give either --{name} or --{name}-ids.")
     if ids is not None:
         try:
             found = [int(part) for part in ids.replace(",", " ").split()]
         except ValueError:
-            raise ValueError(f"--{name}-ids is {ids!r}: give whole numbers with spaces between them.") from None
+            raise ValueError(f"--{name}-ids is {ids!r}: give whole numbers separated by spaces.") from None
     else:
         from transformers import AutoTokenizer
 
@@ -209,10 +209,10 @@ def _ids(name: str, model: str, text: str | None, ids: str | None, special: bool
             ) from None
         try:
             found = tokenizer(text, add_special_tokens=special)["input_ids"]
-        except Exception as error:  # the package tokenizers raises nothing narrower
+        except Exception as error:  # tokenizers raises no narrower class
             raise ValueError(f"--{name} is {text!r}: the tokenizer refuses it ({_first_line(error)}).") from None
     if not found:
-        raise ValueError(f"--{name} holds no token.")
+        raise ValueError(f"--{name} holds no token: give a text or token ids.")
     return found
 
 
@@ -234,7 +234,7 @@ def _first_line(error: Exception) -> str:
 
 
 def page(report: Report, model: str) -> str:
-    """The report as a page of HTML that needs nothing else."""
+    """Return the report as a self-contained page of HTML."""
     title = html.escape(f"A prompt as weights: {model}")
     style = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}td,th{padding:.2rem .8rem}"
     return (

@@ -103,7 +103,7 @@ def test_report_writes_a_file(folder, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--prompt-ids", "3 1", "--query-ids", "97"], "inputs[0, 2] is 97: this model knows the tokens 0 … 96"),
+        (["--prompt-ids", "3 1", "--query-ids", "97"], "inputs[0, 2] is 97: this model has the tokens 0 … 96"),
         (["--prompt-ids", "3 one", "--query-ids", "5"], "--prompt-ids is '3 one': give whole numbers"),
         (["--prompt-ids", "", "--query-ids", "5"], "--prompt holds no token"),
         (["--prompt", "w1"], "give either --query or --query-ids"),

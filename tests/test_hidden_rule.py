@@ -172,7 +172,7 @@ def test_what_is_held_out():
     [
         ((0, 2, 0), "count is 0"),
         ((2, -1, 0), "examples is -1"),
-        ((2, 75, 0), "examples is 75: there are pairs for 74 examples and a query."),
+        ((2, 75, 0), "examples is 75: there are pairs for 74 examples and a query; give fewer."),
         ((2, 2, 0, "new"), "query is 'new': choose 'training' or 'held out'."),
     ],
 )
@@ -273,13 +273,13 @@ def test_training_that_diverges():
         ({"steps": 0}, "steps is 0"),
         (
             {"width": 20},
-            "width is 20 with 4 heads: rotary positions turn pairs of coordinates; choose a multiple of 8.",
+            "width is 20 with 4 heads: rotary positions rotate pairs of coordinates; choose a multiple of 8.",
         ),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: give a positive number"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0: give 0 or a positive number"),
         ({"text_weight": float("nan")}, "text_weight is nan"),
         ({"examples": 0}, "examples is 0"),
-        ({"fewest": 7}, "fewest is 7 of 6 examples: no answer counts; choose fewer."),
+        ({"fewest": 7}, "fewest is 7 of 6 examples: no answer would count; choose fewer."),
     ],
 )
 def test_settings_are_checked(settings, says):
@@ -354,15 +354,17 @@ def test_the_model_in_other_precisions(model):
 
 def test_files_that_are_not_there_or_not_what_they_should_be(tmp_path):
     with pytest.raises(
-        ValueError, match=r"folder has no hidden_rule.safetensors, .*: train it with `python -m icl_lib"
+        ValueError, match=r"folder has no hidden_rule.safetensors, .*: train the model with `python -m icl_lib"
     ):
         load_hidden_rule(tmp_path)
     shutil.copy(DATA / "hidden_rule.safetensors", tmp_path)
-    with pytest.raises(ValueError, match=r"folder has no hidden_rule.json, .*: train it with `python -m icl_lib"):
+    with pytest.raises(
+        ValueError, match=r"folder has no hidden_rule.json, .*: train the model with `python -m icl_lib"
+    ):
         load_hidden_rule(tmp_path)
     record = tmp_path / "hidden_rule.json"
     record.write_text("{}")
-    with pytest.raises(ValueError, match=r"hidden_rule.json is not the record of a trained model: train it"):
+    with pytest.raises(ValueError, match=r"hidden_rule.json is not the record of a trained model: train the"):
         load_hidden_rule(tmp_path)
     shutil.copy(DATA / "hidden_rule.json", record)
     assert load_hidden_rule(tmp_path).dtype == torch.float32

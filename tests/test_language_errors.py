@@ -1,4 +1,4 @@
-"""What a user can get wrong with a language model: a ValueError that names it, and the model untouched."""
+"""What a user can get wrong with a language model: a ValueError names it, and the model is not changed."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ IDS = torch.arange(LENGTH)[None]
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"inputs": IDS[:, :0]}, "there is no prompt in them"),
-        ({"inputs": IDS[:0]}, "there is no prompt in them"),
-        ({"inputs": torch.tensor(3)}, "there is no prompt in them"),
+        ({"inputs": IDS[:, :0]}, "there is no token in them"),
+        ({"inputs": IDS[:0]}, "there is no token in them"),
+        ({"inputs": torch.tensor(3)}, "there is no token in them"),
         ({"inputs": IDS[:, :1]}, r"inputs hold 1 token\(s\)"),
         (
             {"inputs": torch.where(IDS == 7, VOCABULARY, IDS)},
-            r"inputs\[0, 7\] is 97: this model knows .* 96",
+            r"inputs\[0, 7\] is 97: this model has the tokens .* 96",
         ),
         ({"inputs": torch.where(IDS == 7, -1, IDS)}, r"inputs\[0, 7\] is -1"),
         ({"inputs": IDS.repeat(1, 3)}, "inputs hold 192 tokens: this model has positions for 128"),
@@ -31,7 +31,7 @@ IDS = torch.arange(LENGTH)[None]
         ({"inputs": torch.randn(1, 9, 32).double()}, "is a language model: give it token ids"),
         ({"inputs": [1, 2]}, "inputs is a list"),
         ({"context_length": 0}, "context_length is 0 .* at least one token must be replaced"),
-        ({"context_length": LENGTH}, f"context_length is {LENGTH} .* one be left to ask"),
+        ({"context_length": LENGTH}, f"context_length is {LENGTH} .* at least one must remain"),
         ({"context_length": -3}, "context_length is -3"),
         ({"context_length": 1.5}, "context_length is 1.5"),
         ({"reference": "token"}, "reference is 'token'"),
@@ -39,7 +39,7 @@ IDS = torch.arange(LENGTH)[None]
         ({"positions": "all"}, "positions='all' needs reference='self'"),
         (
             {"outer": "scale"},
-            "outer is 'scale': the blocks of LlamaForCausalLM can .* 'down' or 'bias'",
+            "outer is 'scale': for the blocks of LlamaForCausalLM choose 'down' or 'bias'",
         ),
         ({"joint": 1}, "joint is 1"),
         ({"joint": True, "context_length": 5}, "59 vectors of width 32 are not linearly independent"),
@@ -178,7 +178,7 @@ def test_streams_have_no_joint_edit():
         ({"input_ids": [1, 2]}, "input_ids is a list"),
         ({"input_ids": IDS[:, :1]}, "inputs hold 1 token"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"max_new_tokens": 100}, "64 tokens and 100 new ones are more than this model has positions for, 128"),
+        ({"max_new_tokens": 100}, "64 tokens and 100 new ones need more positions than the 128 of this model"),
         ({"outer": "scale"}, "outer is 'scale'"),
     ],
 )
@@ -189,13 +189,13 @@ def test_bad_arguments_of_generation_are_named(change, says):
 
 
 def test_layers_that_use_a_weight_in_another_way_are_refused():
-    """An edited weight answers products; anything else would not see the edit, and says so."""
+    """An edited weight supports products; any other use would ignore the edit, and raises an error."""
     model = small_language_model("Llama")
     patch = absorb(model, prompts(1), LENGTH - 1)
     with patch.applied(model):
         weight = model.model.layers[0].mlp.up_proj.weight
         assert (weight.shape, weight.dtype) == ((64, 32), torch.float64)
-        with pytest.raises(AttributeError, match=r"uses weight.mT, which would not see the edits"):
+        with pytest.raises(AttributeError, match=r"uses weight.mT, which would ignore the edit"):
             _ = weight.mT
-        with pytest.raises(ValueError, match="matmul, which would not see the edits"):
+        with pytest.raises(ValueError, match="matmul, which would ignore the edit"):
             torch.matmul(torch.ones(32).double(), weight)

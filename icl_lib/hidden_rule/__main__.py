@@ -15,14 +15,14 @@ STATE, TRIAL, DATA = Path("_build/figures/hidden_rule.pt"), Path("_build/trial")
 
 
 def main(
-    seed: Annotated[int, typer.Option(help="of the initial weights and of the prompts")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="a trial of 5 steps, kept apart")] = False,
-    folder: Annotated[Path | None, typer.Option(help=f"of the trained model; {DATA}, or {TRIAL} for a trial")] = None,
-    state: Annotated[Path | None, typer.Option(help=f"file; {STATE}, or in {TRIAL} for a trial")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the initial weights and of the prompts")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="a trial run of 5 steps, in a folder of its own")] = False,
+    folder: Annotated[Path | None, typer.Option(help=f"folder of the model; {DATA}, or {TRIAL} for a trial")] = None,
+    state: Annotated[Path | None, typer.Option(help=f"state file; {STATE}, or in {TRIAL} for a trial")] = None,
 ) -> None:
-    """Train the model that finds a hidden rule, on one core in half an hour, and write it with what it can do.
+    """Train the model that finds a hidden rule, in half an hour on one core, and write it with its accuracy.
 
-    A run that is stopped goes on where it was: start the same command again.
+    To continue a run that was stopped, start the same command again.
     """
     settings = HiddenRuleSettings(seed=seed, **({"steps": 5} if quick else {}))
     folder, state = folder or (TRIAL if quick else DATA), state or (TRIAL / STATE.name if quick else STATE)

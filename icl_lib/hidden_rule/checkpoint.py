@@ -1,4 +1,4 @@
-"""The trained model in two small files, measured, and as a folder that `transformers` loads by itself."""
+"""The trained model in two small files, with its accuracy, or as a folder that `transformers` loads."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from icl_lib.hidden_rule.task import HELD_OUT, PAIRS, RULES, VOCABULARY
 from icl_lib.hidden_rule.training import HiddenRuleTrainer
 
 DATA = Path(__file__).resolve().parents[2] / "book" / "data"
-"""Where the checkpoint of the book is."""
+"""The folder of the book's trained model."""
 
 NAME = "hidden_rule"
 MEASURED = (0, 1, 2, 3, 4, 5, 6)
-REMEDY = "train it with `python -m icl_lib.hidden_rule`, or name the folder that has it."
+REMEDY = "train the model with `python -m icl_lib.hidden_rule`, or give the folder that has it."
 
 
 def save_hidden_rule(trainer: HiddenRuleTrainer, folder: str | Path = DATA, count: int = 4000) -> dict[str, Any]:
-    """Measure a trained model and write ``hidden_rule.safetensors`` and, beside it, ``hidden_rule.json``.
+    """Measure a trained model; write ``hidden_rule.safetensors`` and the record ``hidden_rule.json``.
 
-    The record says how the weights came about (``settings``, ``config``, ``versions``, ``curve``) and what they can do
-    (``accuracy`` from :func:`~icl_lib.hidden_rule.evaluation.measure`, ``swapped`` from
-    :func:`~icl_lib.hidden_rule.evaluation.measure_swapped`). To judge that, it has the pairs ``held_out`` of each rule,
-    and how many of all choices of a rule and of one or two examples leave several rules, ``ambiguous``.
+    The record holds the training (``settings``, ``config``, ``versions``, ``curve``), the ``accuracy`` from
+    :func:`~icl_lib.hidden_rule.evaluation.measure`, and ``swapped`` from
+    :func:`~icl_lib.hidden_rule.evaluation.measure_swapped`. It also holds the pairs ``held_out`` of each rule, and
+    under ``ambiguous`` how many of all choices of a rule and one or two examples agree with several rules.
 
     Args:
-        count: prompts in a measurement.
+        count: the number of prompts in a measurement.
     """
     from safetensors.torch import save_model
 
@@ -67,19 +67,19 @@ def _digest(path: Path) -> str:
 
 
 def load_hidden_rule(folder: str | Path = DATA, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The trained model, in evaluation mode and without gradients.
+    """Load the trained model, in evaluation mode and without gradients.
 
     >>> from icl_lib.hidden_rule.evaluation import replies
     >>> model = load_hidden_rule()
-    >>> prompt = VOCABULARY.encode("2+3=10, 4+2=12, 2+8=")
+    >>> prompt = VOCABULARY.encode("2+3=10, 4+2=12, 1+5=12, 2+8=")
     >>> VOCABULARY.decode(replies(model, prompt[None]))
     '20'
 
     Args:
-        folder: of ``hidden_rule.safetensors`` and ``hidden_rule.json``; the book's unless given.
-        dtype: of the weights, which are stored in float32.
+        folder: the folder of ``hidden_rule.safetensors`` and ``hidden_rule.json``; by default the book's.
+        dtype: the precision of the weights, which are stored in float32.
 
-    Raises `ValueError` where a file is missing or the two do not belong together.
+    Raises `ValueError` if a file is missing, or if the two do not belong together.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}: give a floating-point dtype.")
@@ -98,27 +98,27 @@ def load_hidden_rule(folder: str | Path = DATA, dtype: torch.dtype = torch.float
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
         raise ImportError("transformers is missing: pip install 'icl_lib[llm]'.") from None
-    with torch.random.fork_rng(devices=[]):  # the initial weights are drawn, and replaced
+    with torch.random.fork_rng(devices=[]):  # building the model draws initial weights
         model = LlamaForCausalLM(LlamaConfig(**config))
     load_model(model, str(weights))
     return model.to(dtype).requires_grad_(False).eval()
 
 
 def export(folder: str | Path, model: nn.Module | None = None) -> Path:
-    """Write the model and its tokenizer as `transformers` keeps them: config.json, model.safetensors, tokenizer.json.
+    """Write the model and its tokenizer for `transformers`: config.json, model.safetensors, tokenizer.json.
 
     ``AutoModelForCausalLM.from_pretrained(folder)`` and ``AutoTokenizer.from_pretrained(folder)`` load them, and so
     does the command line::
 
-        python -m icl_lib verify --model FOLDER --prompt "2+3=10, 4+2=12, " --query "2+8="
+        python -m icl_lib verify --model FOLDER --prompt "2+3=10, 4+2=12, 1+5=12, " --query "2+8="
 
     Args:
-        folder: which may be new.
-        model: the book's unless given.
+        folder: created if it is missing.
+        model: by default the book's model.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder is {str(folder)!r}, which is a file: give a folder, which may be new.")
+        raise ValueError(f"folder is {str(folder)!r}, which is a file: give a folder; it is created if it is missing.")
     model = model or load_hidden_rule()
     from transformers.utils import logging
 
@@ -134,7 +134,7 @@ def export(folder: str | Path, model: nn.Module | None = None) -> Path:
 
 
 def tokenizer() -> Any:
-    """The vocabulary as a tokenizer of `transformers`; what is no token, it refuses."""
+    """Return the vocabulary as a tokenizer of `transformers`, which raises an error for any other symbol."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,11 +1,11 @@
-r"""What the examples of a prompt tell: by enumeration of all rules, without a model.
+r"""The best possible answers, by enumeration of all rules, without a model.
 
-For somebody who knows that the rules are equally likely, and not which pairs training holds out, those that agree with
-the examples $E$ remain equally likely, and
+An ideal solver knows that the rules are equally likely, but not which pairs training holds out. Given the examples $E$,
+the rules $f$ that agree with them are equally likely, so for the question $q$
 
 $$P(y \mid E, q) = \frac{\#\{f : f \text{ agrees with } E,\ f(q) = y\}}{\#\{f : f \text{ agrees with } E\}}.$$
 
-The most likely $y$ is the best answer then. Without examples, its probability is what chance means here.
+The most likely $y$ is the best answer. Without examples, its probability is the chance level.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from icl_lib.validation import validated_by
 
 
 def agreeing(prompts: Prompts) -> Bool[Tensor, "count rules"]:
-    """Which rules give the answers of all examples of a prompt."""
+    """Return which rules agree with all examples of a prompt."""
     shown = prompts.pair[:, :-1]
     return (ANSWERS[:, shown] == prompts.numbers[:, :-1]).all(-1).T
 
 
 def identified(prompts: Prompts) -> Bool[Tensor, " count"]:
-    """Whether the examples leave one rule only."""
+    """Return whether exactly one rule agrees with the examples."""
     return agreeing(prompts).sum(1) == 1
 
 
 def posterior(prompts: Prompts) -> Float[Tensor, "count numbers"]:
-    r"""$P(y \mid E, q)$ for every number $y$.
+    r"""Return $P(y \mid E, q)$ for every number $y$.
 
     >>> from icl_lib.hidden_rule.task import sample_prompts
     >>> bare = sample_prompts(count=1000, examples=0, seed=0)
@@ -48,18 +48,18 @@ def posterior(prompts: Prompts) -> Float[Tensor, "count numbers"]:
 
 
 def best_accuracy(prompts: Prompts) -> float:
-    """The share of these prompts that the best answers get right, on average over the rules that agree."""
+    """Return the accuracy of the best answers, averaged over the prompts and the rules that agree with them."""
     return posterior(prompts).amax(1).mean().item()
 
 
 def _check_examples(examples: Any) -> None:
     if examples not in (0, 1, 2):
-        raise ValueError(f"examples is {examples!r}: choose 0, 1 or 2; of more there are too many sets to count.")
+        raise ValueError(f"examples is {examples!r}: choose 0, 1 or 2; there are too many sets of more examples.")
 
 
 @validated_by(_check_examples)
 def ambiguous(examples: int) -> tuple[int, int]:
-    """How many choices of a rule and a set of examples leave more rules than that one, and of how many choices.
+    """Return how many choices of a rule and a set of examples agree with another rule too, and the number of choices.
 
     >>> ambiguous(0), ambiguous(1)
     ((30, 30), (1024, 2430))

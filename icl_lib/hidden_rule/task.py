@@ -1,8 +1,8 @@
-r"""If 2+3 = 10 and 4+2 = 12, what is 2+8? Prompts with a hidden rule, as tokens.
+r"""If 2+3 = 10, 4+2 = 12 and 1+5 = 12, what is 2+8? Prompts with a hidden rule, as tokens.
 
-A rule $f$ gives one number for two numbers from 1 to 9. A prompt shows some pairs with their answers, ``a+b=f(a, b)``,
-and ends in a pair without one. The sign is always ``+``; which rule it stands for, only the examples say. Here it
-doubles the sum, and the answer is 20.
+A rule $f$ maps two numbers from 1 to 9 to one number. A prompt shows some pairs with their answers, ``a+b=f(a, b)``,
+and ends with a pair without an answer. The sign is always ``+``; only the examples show which rule it means. Here the
+rule doubles the sum, and the answer is 20.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ FORMS: dict[str, Callable[[Any, Any], Any]] = {
     "a+2b": lambda a, b: a + 2 * b,
     "|a-b|": lambda a, b: abs(a - b),
 }
-"""What a rule does with the two numbers, before it adds a constant."""
+"""The forms of the rules, by name, before a constant is added."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A hidden rule: a form of :data:`FORMS`, and a constant added to it.
+    """A hidden rule: a form of :data:`FORMS` plus a constant.
 
     >>> rule = Rule("2(a+b)")
     >>> rule(2, 3), rule(4, 2), rule(2, 8)
@@ -56,36 +56,36 @@ class Rule:
 
 
 RULES = tuple(Rule(form, constant) for form in FORMS for constant in range(5))
-"""All rules, each as likely as the others."""
+"""All rules; prompts draw them with equal probability."""
 
 PAIRS = torch.cartesian_prod(torch.arange(1, 10), torch.arange(1, 10))
-"""``[81, 2]``: what a prompt may ask."""
+"""``[81, 2]``: the pairs of numbers that a prompt can ask for."""
 
 ANSWERS = torch.stack([rule(*PAIRS.T) for rule in RULES])
 """``[rules, 81]``: the answer of each rule to each pair."""
 
 
-# The first seed for which 2+8 is held out of the doubled sum, 2+3 and 4+2 are not, and every answer of every rule is
-# left: whether a rule gives some number at all, a model can learn only from seeing it.
+# The first seed for which 2+8 is held out of the doubled sum, 2+3 and 4+2 are not, and every number that a rule gives
+# remains among its answers in training.
 HELD_OUT_SEED = 43
 
 
 def _held_out(seed: int) -> Tensor:
     small, large = torch.triu_indices(9, 9)
     alike = (ANSWERS[:, :, None] == ANSWERS[:, None]).sum(-1).view(-1, 9, 9)
-    replaceable = torch.minimum(alike, alike.mT)[:, small, large] > 2  # others give the same answers
+    replaceable = torch.minimum(alike, alike.mT)[:, small, large] > 2  # other pairs of the rule have the same answers
     drawn = torch.rand(replaceable.shape, generator=torch.Generator().manual_seed(seed))
     chosen = drawn.masked_fill(~replaceable, -1).topk(3).indices
     held = torch.zeros_like(alike, dtype=torch.bool)
     rule = torch.arange(len(RULES))[:, None]
-    # 2+8 and 8+2 together: by most rules one gives the other away.
+    # 2+8 and 8+2 together: under most rules they have the same answer.
     held[rule, small[chosen], large[chosen]] = held[rule, large[chosen], small[chosen]] = True
     return held.flatten(1)
 
 
 HELD_OUT: Bool[Tensor, "rules pairs"] = _held_out(HELD_OUT_SEED)
-"""``[rules, 81]``: pairs that training never shows with the rule, neither as example nor as query; three a rule, and
-their mirror images."""
+"""``[rules, 81]``: the pairs that training never shows with the rule, neither in an example nor in a query: three for
+each rule, and their mirror images."""
 _MOST_EXAMPLES = int((~HELD_OUT).sum(1).min()) - 1
 
 
@@ -96,7 +96,7 @@ def _check_text(_: Any, text: Any) -> None:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens of prompts: the number $n$ has id $n$, and the signs follow.
+    """The tokens of prompts: the number $n$ has the id $n$, and the signs follow.
 
     >>> VOCABULARY.encode("2+3=10, 2+8=").tolist()
     [2, 100, 3, 101, 10, 102, 2, 100, 8, 101]
@@ -112,7 +112,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """How many tokens there are."""
+        """The number of tokens."""
         return self.numbers + len(self.signs)
 
     @property
@@ -122,9 +122,9 @@ class Vocabulary:
 
     @validated_by(_check_text)
     def encode(self, text: str) -> Int[Tensor, " length"]:
-        """The ids of a text; spaces separate numbers and mean nothing else.
+        """Return the ids of a text. Spaces separate numbers and are ignored otherwise.
 
-        Raises `ValueError` for a symbol that is no token, and for a number that is too large, with its place.
+        Raises `ValueError`, with the place, for a symbol that is not a token and for a number that is too large.
         """
         ids = {token: index for index, token in enumerate(self.tokens)}
         for found in re.finditer(r"[0-9]+|\S", text):
@@ -141,7 +141,7 @@ class Vocabulary:
         return torch.tensor([ids[token] for token in re.findall(r"[0-9]+|\S", text)])
 
     def decode(self, ids: Sequence[int] | Int[Tensor, " length"]) -> str:
-        """The text of ids; `ValueError` for an id that no token has."""
+        """Return the text of ids; raises `ValueError` for an id without a token."""
         ids = torch.as_tensor(ids, dtype=torch.long)
         wrong = (ids < 0) | (ids >= self.size)
         if wrong.any():
@@ -158,8 +158,8 @@ class Prompts:
     """Prompts with the same number of examples.
 
     Attributes:
-        rule: ``[count]``: places in :data:`RULES`.
-        pair: ``[count, examples + 1]``: places in :data:`PAIRS`, of the examples and then of the query.
+        rule: ``[count]``: indices into :data:`RULES`.
+        pair: ``[count, examples + 1]``: indices into :data:`PAIRS`, of the examples and then of the query.
     """
 
     rule: Int[Tensor, " count"]
@@ -167,33 +167,33 @@ class Prompts:
 
     @property
     def numbers(self) -> Int[Tensor, "count length"]:
-        """The rule's answer to each pair, the query's last."""
+        """The rule's answer to each pair; the last is that of the query."""
         return ANSWERS[self.rule[:, None], self.pair]
 
     @property
     def answer(self) -> Int[Tensor, " count"]:
-        """The answers asked for, which are also their ids."""
+        """The right answers to the queries; a number is also its token id."""
         return self.numbers[:, -1]
 
     @property
     def tokens(self) -> Int[Tensor, "count tokens"]:
-        """``[count, 6 · examples + 4]``: the ids, up to the ``=`` after which the answer must come."""
+        """``[count, 6 · examples + 4]``: the ids up to the last ``=``."""
         return self.answered[:, :-1]
 
     @property
     def answered(self) -> Int[Tensor, "count tokens"]:
-        """The ids with the answer at the end."""
+        """The ids with the answer to the query at the end."""
         plus, equals, comma = (torch.full_like(self.pair, VOCABULARY.numbers + sign) for sign in range(3))
         first, second = PAIRS[self.pair].unbind(-1)
         return torch.stack([first, plus, second, equals, self.numbers, comma], dim=-1).flatten(1)[:, :-1]
 
     @property
     def context_length(self) -> int:
-        """How many tokens the examples take, the comma after the last one included."""
+        """The number of tokens of the examples, with the comma after the last one."""
         return 6 * (self.pair.shape[1] - 1)
 
     def by(self, rule: Int[Tensor, " count"]) -> Prompts:
-        """The same pairs in the same order, by another rule."""
+        """Return the same pairs in the same order with another rule."""
         return replace(self, rule=rule)
 
 
@@ -201,14 +201,16 @@ def _check_sample(count: Any, examples: Any, seed: Any, query: Any = "training")
     require_size("count", count)
     require_size("examples", examples, 0)
     if examples > _MOST_EXAMPLES:
-        raise ValueError(f"examples is {examples}: there are pairs for {_MOST_EXAMPLES} examples and a query.")
+        raise ValueError(
+            f"examples is {examples}: there are pairs for {_MOST_EXAMPLES} examples and a query; give fewer."
+        )
     if query not in ("training", "held out"):
         raise ValueError(f"query is {query!r}: choose 'training' or 'held out'.")
 
 
 @validated_by(_check_sample)
 def sample_prompts(count: int, examples: int, seed: int | torch.Generator, query: str = "training") -> Prompts:
-    """Draw prompts: a rule, and pairs without repetition, each as likely as the others.
+    """Draw prompts: a rule, and pairs without repetition, with equal probabilities.
 
     >>> prompts = sample_prompts(count=4, examples=2, seed=0, query="held out")
     >>> prompts.tokens.shape, prompts.context_length
@@ -217,8 +219,8 @@ def sample_prompts(count: int, examples: int, seed: int | torch.Generator, query
     True
 
     Args:
-        query: ``training``, a pair that training may ask by this rule, or ``held out``, one that it never shows. The
-            examples are pairs of the first kind.
+        query: ``training`` for pairs that training can show with the rule, ``held out`` for pairs that it never shows
+            with it. The examples are always of the first kind.
     """
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     rule = torch.randint(len(RULES), (count,), generator=generator)

@@ -1,9 +1,9 @@
-r"""A small language model of today's kind, trained to find the hidden rule.
+r"""A small language model, trained to find the hidden rule.
 
-RMS norm, rotary positions, a gated MLP, no biases: a Llama, in the shape that `transformers` gives it. Every training
-prompt is drawn afresh. The loss is the cross-entropy of each answer that two examples or more come before. With fewer
-the answer is a guess, and from guesses the model would learn which pairs are held out: their answers never come. The
-other tokens are predicted too, with a small weight, so that the model can go on after its answer.
+It is a Llama of `transformers`: RMSNorm, rotary positions, a gated MLP, no biases. Every training prompt is new. The
+loss is the cross-entropy of each answer after at least two examples. An answer after fewer examples is a guess, and
+from such answers the model would learn which pairs are held out, since their answers never occur. The other tokens are
+predicted too, with a small weight, so that the model can continue after its answer.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ from icl_lib.validation import require_size
 
 @dataclass(frozen=True)
 class HiddenRuleSettings:
-    """The model and its training; `ValueError` for a setting that makes no sense.
+    """The settings of the model and its training; raises `ValueError` for an invalid one.
 
     Attributes:
-        width, blocks, heads, hidden: of the model; ``hidden`` is the width of the MLP inside.
-        fewest, examples: examples before a query. Every step draws their number; answers that come after fewer examples
-            do not count.
-        steps: optimiser steps.
-        batch: prompts in a step.
-        learning_rate: AdamW's, at its peak: up over the first twentieth of the steps, then down along a cosine.
-        weight_decay: AdamW's, of matrices.
-        text_weight: of the loss on tokens that are no answers.
-        seed: of the initial weights and of the prompts.
-        every: steps between two entries of the curve, and between two checkpoints.
+        width, blocks, heads, hidden: the sizes of the model; ``hidden`` is the number of hidden units of an MLP.
+        fewest, examples: the smallest and largest number of examples before a query; every step draws one. Answers
+            after fewer than ``fewest`` examples do not count.
+        steps: the number of optimiser steps.
+        batch: the number of prompts in a step.
+        learning_rate: the peak learning rate of AdamW. It rises over the first twentieth of the steps and then falls
+            along a cosine.
+        weight_decay: the weight decay of AdamW, for matrices.
+        text_weight: the weight of the loss on tokens that are not answers.
+        seed: the seed of the initial weights and of the prompts.
+        every: the number of steps between two entries of the curve, and between two checkpoints.
     """
 
     width: int = 64
@@ -61,10 +62,12 @@ class HiddenRuleSettings:
             require_size(name, getattr(self, name))
         require_size("fewest", self.fewest, 0)
         if self.fewest > self.examples:
-            raise ValueError(f"fewest is {self.fewest} of {self.examples} examples: no answer counts; choose fewer.")
+            raise ValueError(
+                f"fewest is {self.fewest} of {self.examples} examples: no answer would count; choose fewer."
+            )
         if self.width % (2 * self.heads):
             raise ValueError(
-                f"width is {self.width} with {self.heads} heads: rotary positions turn pairs of coordinates; "
+                f"width is {self.width} with {self.heads} heads: rotary positions rotate pairs of coordinates; "
                 f"choose a multiple of {2 * self.heads}."
             )
         if not 0 < self.learning_rate < float("inf"):
@@ -75,7 +78,7 @@ class HiddenRuleSettings:
 
 
 def build(settings: HiddenRuleSettings) -> nn.Module:
-    """The untrained model; the global random generator is put back afterwards."""
+    """Return the untrained model; the state of the global random generator is restored."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
@@ -89,7 +92,7 @@ def build(settings: HiddenRuleSettings) -> nn.Module:
         max_position_embeddings=128,
         tie_word_embeddings=True,
         initializer_range=0.5 * settings.width**-0.5,
-        # The usual ids of these would be numbers here, and generation would stop at them.
+        # With the usual ids, these tokens would be numbers, and generation would stop at them.
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
@@ -100,10 +103,10 @@ def build(settings: HiddenRuleSettings) -> nn.Module:
 
 
 def losses(model: nn.Module, ids: Int[Tensor, "count tokens"]) -> tuple[Float[Tensor, " answers"], Float[Tensor, ""]]:
-    """Mean cross-entropy of each answer, the first example's first, and of all other tokens.
+    """Return the mean cross-entropy of each answer, in the order of the prompt, and of all other tokens.
 
     Args:
-        ids: as of :attr:`icl_lib.hidden_rule.task.Prompts.answered`.
+        ids: as in :attr:`icl_lib.hidden_rule.task.Prompts.answered`.
     """
     logits = model(ids[:, :-1]).logits
     each = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(0)
@@ -112,12 +115,12 @@ def losses(model: nn.Module, ids: Int[Tensor, "count tokens"]) -> tuple[Float[Te
 
 
 class HiddenRuleTrainer:
-    """A model in training: everything that the next step depends on, so that a run can stop and go on.
+    """A model in training, with everything that the next step depends on, so that a run can be continued.
 
     Attributes:
-        model: the model, as it is now.
-        step: optimiser steps taken.
-        curve: dicts of ``step`` and ``loss``, the mean loss of each answer since the last entry.
+        model: the model in its current state.
+        step: the number of optimiser steps taken.
+        curve: dictionaries of ``step`` and ``loss``, the mean loss of each answer since the last entry.
 
     >>> settings = HiddenRuleSettings(width=8, blocks=1, heads=1, hidden=8, steps=2, batch=2, examples=2)
     >>> first, again = HiddenRuleTrainer(settings), HiddenRuleTrainer(settings)
@@ -129,7 +132,7 @@ class HiddenRuleTrainer:
 
     def __init__(self, settings: HiddenRuleSettings) -> None:
         self.settings, self.model, self.step = settings, build(settings), 0
-        from transformers import get_cosine_schedule_with_warmup  # `build` has said it where there is none
+        from transformers import get_cosine_schedule_with_warmup  # `build` raises the error if it is missing
 
         self.curve: list[dict[str, Any]] = []
         self._recent: list[Tensor] = []
@@ -145,7 +148,7 @@ class HiddenRuleTrainer:
         self._schedule = get_cosine_schedule_with_warmup(self._optimiser, warm_up, settings.steps)
 
     def advance(self) -> Float[Tensor, " answers"]:
-        """Take one optimiser step; gives the loss of each answer before it."""
+        """Take one optimiser step; return the loss of each answer before it."""
         settings = self.settings
         examples = int(torch.randint(settings.fewest, settings.examples + 1, (), generator=self._prompts))
         prompts = sample_prompts(settings.batch, examples, self._prompts)
@@ -169,7 +172,7 @@ class HiddenRuleTrainer:
         return answers.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` takes to go on from here, bit for bit."""
+        """Return the state from which :meth:`load_state_dict` continues, bit for bit."""
         state = {
             "settings": asdict(self.settings),
             "step": self.step,
@@ -180,14 +183,14 @@ class HiddenRuleTrainer:
             "schedule": self._schedule.state_dict(),
             "prompts": self._prompts.get_state(),
         }
-        return copy.deepcopy(state)  # training goes on; what was saved must not
+        return copy.deepcopy(state)  # training changes the tensors later
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from where another trainer of the same settings was; `ValueError` for other settings."""
+        """Continue from the state of another trainer; raises `ValueError` if its settings differ."""
         mine = asdict(self.settings)
         other = {name: value for name, value in state["settings"].items() if value != mine[name]}
         if other:
-            raise ValueError(f"the saved run has other settings, {other}: delete its file, or use these.")
+            raise ValueError(f"the saved run has other settings, {other}: delete its file, or use its settings.")
         self.step, self.curve, self._recent = state["step"], list(state["curve"]), list(state["recent"])
         self.model.load_state_dict(state["model"])
         self._optimiser.load_state_dict(state["optimiser"])
@@ -198,12 +201,12 @@ class HiddenRuleTrainer:
 def train_hidden_rule(
     settings: HiddenRuleSettings | None = None, checkpoint: Checkpoint | None = None, progress: bool = True
 ) -> HiddenRuleTrainer:
-    """Train a model, or go on where ``checkpoint`` is; the same settings give the same model on the same machine.
+    """Train a model, or continue from ``checkpoint``; the same settings give the same model on the same machine.
 
-    It computes with one thread: how a sum is split among threads decides how it is rounded.
+    It computes with one thread, because the rounding of a sum depends on how it is split among threads.
 
     Args:
-        checkpoint: keeps the state every ``settings.every`` steps, also the last: a run that is done is not run again.
+        checkpoint: stores the state every ``settings.every`` steps and at the end; a finished run is not run again.
         progress: show a progress bar (never while the book is built).
     """
     trainer = HiddenRuleTrainer(settings or HiddenRuleSettings())

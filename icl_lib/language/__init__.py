@@ -1,1 +1,1 @@
-"""Language models that are fed token ids: their anatomies, their edits, and the prompt as an adapter."""
+"""Language models that read token ids: their anatomies, their edits, and the prompt as an adapter."""

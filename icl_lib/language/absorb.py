@@ -1,4 +1,4 @@
-"""Token ids turned into edits of a language model."""
+"""Compute the edits of a language model that replace the first tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def absorb_tokens(
     joint: bool,
     progress: bool,
 ) -> LanguagePatch:
-    """:func:`icl_lib.absorb.absorb` for token ids ``[*batch, n]``."""
+    """Do what :func:`icl_lib.absorb.absorb` does, for token ids ``[*batch, n]``."""
     anatomy, first = anatomy_of(model), first_token(context_length, reference, positions)
     outer = outer or anatomy.outer_choices[0]
     with bar_over(len(model.get_submodule(anatomy.blocks)), 2, progress) as bar, experts_one_by_one(model, anatomy):
@@ -35,13 +35,13 @@ def absorb_tokens(
 
 
 def first_token(context_length: int, reference: str, positions: str | None) -> int:
-    """Where the positions that get an edit begin."""
+    """Return the first position that gets an edit."""
     return 0 if reference == "self" and positions != "query" else context_length
 
 
 def prompted_by(
     ids: Tensor, context_length: int, reference: str, first: int, readings: tuple[Reading, ...]
 ) -> Prompted:
-    """The query that these ids leave, with what the blocks read of it."""
+    """Return the query that remains of these ids, with what the blocks read at its positions with the context."""
     bare = bare_call(ids, context_length, reference, first)
     return Prompted(bare, torch.Size((*ids.shape[:-1], ids.shape[-1] - first)), readings)

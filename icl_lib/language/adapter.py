@@ -1,4 +1,4 @@
-"""A prompt as an adapter: low-rank edits in the files that PEFT loads."""
+"""Write low-rank edits into the files that PEFT loads as an adapter."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ def write_adapter(folder: Path, model: nn.Module, factors: dict[str, LowRank], s
     r"""Write low-rank edits as a LoRA of PEFT, $\Delta W = B A$ with $B = L$ and $A = R^\top$.
 
     Args:
-        folder: made if it is missing; what an earlier adapter left in it is replaced.
+        folder: created if it is missing; the files of an earlier adapter are overwritten.
         model: the model that the adapter is for.
-        factors: the edits by the path of the linear map in the model; ``path[3]`` for the fourth matrix of a parameter.
-        scales: the new weight of norms, by their path; PEFT calls these ``modules_to_save``.
+        factors: the edits, by the path of the linear map in the model; ``path[3]`` is the fourth matrix of a parameter.
+        scales: the new scales of norms, by the path of the norm; PEFT calls these ``modules_to_save``.
 
-    All edits get the rank of the largest, filled up with zeros, and ``lora_alpha`` is that rank, so that PEFT scales
-    them by one.
+    All edits are padded with zeros to the largest rank. ``lora_alpha`` is that rank, so PEFT multiplies them by one.
     """
     from safetensors.torch import save_file
 
     rank = max(edit.left.shape[-1] for edit in factors.values())
     experts: dict[str, dict[int, LowRank]] = {}
     tensors = {f"{_PREFIX}{path}.weight": scale for path, scale in scales.items()}
-    # PEFT renames the parts of some mixtures when they are given as modules, but never parameters.
+    # PEFT renames the modules of some mixtures, but not their parameters; so a mixture is given as parameters.
     mixture = any(split(path)[1] is not None for path in factors)
     modules, parameters, transposed = set(), set(), False
     for path, edit in factors.items():
@@ -81,7 +80,7 @@ def _padded(factor: Tensor, rank: int) -> Tensor:
 
 
 def _stacked(edits: dict[int, LowRank], experts: int, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of all experts in PEFT's order: ``[expert · rank, in]`` and ``[out, rank · expert]``."""
+    """Return the factors of all experts in PEFT's order: ``[expert · rank, in]`` and ``[out, rank · expert]``."""
     like = next(iter(edits.values()))
     none = LowRank(torch.zeros_like(like.left), torch.zeros_like(like.right))
     all_ = [edits.get(expert, none) for expert in range(experts)]
@@ -90,7 +89,7 @@ def _stacked(edits: dict[int, LowRank], experts: int, rank: int) -> tuple[Tensor
 
 
 def _wrapped(model: nn.Module, path: str, targets: Iterable[str]) -> str:
-    """Where PEFT keeps the factors of a parameter: it wraps the module once for each, the last one outermost."""
+    """Return the path of a parameter's factors: PEFT wraps the module once for each parameter, the last outermost."""
     parent, _, name = path.rpartition(".")
     names = [one for one, _ in model.get_submodule(parent).named_parameters(recurse=False)]
     later = [one for one in names[names.index(name) + 1 :] if f"{parent}.{one}" in targets]

@@ -1,13 +1,14 @@
-r"""Where the language models of Hugging Face keep their parts: one entry an architecture, found by its ``model_type``.
+r"""The anatomies of language models of Hugging Face, one entry for each ``model_type``.
 
-- Sequential blocks (GPT-2, OPT, Llama, Mistral, Qwen, Phi-3, a variant of GPT-NeoX): the inner maps are patched, then
-  the output.
-- With a norm behind the MLP (Gemma 3, OLMo 2): the inner maps, then the output and the norm's scale, or the scale
-  alone.
-- Parallel blocks (GPT-NeoX as in Pythia, GPT-J, Phi): the output only; the MLP reads what no context has changed.
-- Experts (Mixtral, Qwen 3 MoE): the router, then the inner maps and the output of each active expert.
+- Sequential blocks (GPT-2, OPT, Llama, Mistral, Qwen 2 and 3, Phi-3, a variant of GPT-NeoX): the inner maps are edited,
+  then the last map or its bias.
+- Blocks with a norm after the MLP (Gemma 3, OLMo 2): the inner maps, then the last map and the norm's scale, or the
+  scale alone.
+- Parallel blocks (GPT-NeoX as in Pythia, GPT-J, Phi): only the last map or its bias, since the MLP reads the input of
+  the block, which is the same with and without the context once the earlier blocks are edited.
+- Experts (Mixtral, Qwen 3 MoE): the router, then the inner maps and the last map of each active expert.
 
-Another model whose blocks are like one of these needs one line:
+A model with blocks like one of these needs one more line:
 
 >>> from icl_lib.anatomy import ARCHITECTURES
 >>> ARCHITECTURES["my_llama"] = LLAMA
@@ -44,7 +45,7 @@ PHI = Anatomy(blocks="model.layers", stream="self_attn", inner=(), outer="mlp.fc
 
 
 def _opt(model: Any) -> Anatomy:
-    # Where the norms stand behind the sublayers, the MLP reads the stream itself.
+    # If the norms follow the sublayers, the MLP reads the stream itself.
     stream = "final_layer_norm" if model.config.do_layer_norm_before else "fc1"
     return Anatomy(blocks="model.decoder.layers", stream=stream, inner=("fc1",), outer="fc2")
 

@@ -1,4 +1,4 @@
-"""The edits of one block of a language model: as data, as weights that act edited, and added to the parameters."""
+"""The edits of one block of a language model: as data, applied during a forward pass, or added to the parameters."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from icl_lib.validation import require_finite
 class LanguageBlockPatch:
     r"""The edits of one block of a language model.
 
-    An expert's map has the path of the parameter and its number, such as ``mlp.experts.down_proj[3]``; it has one edit
-    for each token that is sent to it, ``[tokens, out, in]``.
+    The map of an expert has the path of the parameter with the expert's number, such as ``mlp.experts.down_proj[3]``.
+    It has one edit for each token that is sent to it, ``[tokens, out, in]``.
 
     Attributes:
-        inner: $\Delta V$ of each linear map that reads what the MLP reads, and of the router:
+        inner: $\Delta V$ of each linear map that reads the input of the MLP, the router included:
             ``[*batch, positions, out, in]`` of rank one, or one ``[out, in]`` for all positions.
-        outer: what takes $\Delta h$, by its path: $\Delta W_\text{down}$ as the inner ones, and a vector for a bias or
-            for a norm's scale, ``[*batch, positions, width]`` or ``[width]``.
-        change: $\Delta h$ itself, ``[*batch, positions, width]``: how far the context moves the stream.
-        sent: of a mixture, the tokens that go to each expert, counted through batch and positions.
+        outer: the edits that add $\Delta h$, by path: $\Delta W_\text{down}$ with the shapes of the inner edits, and
+            for a bias or the scale of a norm a vector, ``[*batch, positions, width]`` or ``[width]``.
+        change: $\Delta h$ itself, ``[*batch, positions, width]``.
+        sent: in a mixture of experts, the tokens sent to each expert, numbered through batch and positions.
     """
 
     inner: dict[str, LowRank]
@@ -37,19 +37,19 @@ class LanguageBlockPatch:
 
     @property
     def weight(self) -> LowRank:
-        r"""The edit of the first inner map; of the outer one in a parallel block."""
+        r"""The edit of the first inner map, or of the last map in a parallel block."""
         return next(iter({**self.inner, **self.outer}.values()))
 
     @property
     def edits(self) -> dict[str, LowRank | Tensor]:
-        """All of them, by their path."""
+        """All edits, by path."""
         return {**self.inner, **self.outer}
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        """The size of the inner edits and of the outer ones at each position, ``[*batch, positions]``.
+        """Return the size of the inner edits and of the outer edits at each position, ``[*batch, positions]``.
 
-        The Frobenius norm, over all maps together, of the edits that the position alone would need. Raises `ValueError`
-        for a joint patch, whose edits belong to no position.
+        The size is the Frobenius norm of the position's own edits, over all maps together. Raises `ValueError` for a
+        joint patch, whose edits belong to no single position.
         """
         if len(self.weight.shape) == 2:
             raise ValueError("a joint edit serves all positions: take the norms of a patch made with joint=False.")
@@ -68,7 +68,7 @@ class LanguageBlockPatch:
 
 
 def merge_edit(block: nn.Module, where: str, path: str, edit: LowRank | Tensor) -> None:
-    """Add the edit to the parameter."""
+    """Add the edit to the parameter, in place."""
     if isinstance(edit, LowRank):
         target = matrix_at(block, path)
         target += edit.dense()
@@ -88,7 +88,7 @@ def merge_edit(block: nn.Module, where: str, path: str, edit: LowRank | Tensor) 
 
 
 def apply_edits(stack: contextlib.ExitStack, block: nn.Module, anatomy: Anatomy, patch: LanguageBlockPatch) -> None:
-    """Let the block run with these edits until the stack is left."""
+    """Make the block run with these edits until the stack is closed."""
     experts: dict[str, dict[int, LowRank]] = {}
     for path, edit in patch.edits.items():
         name, expert = split(path)
@@ -104,7 +104,7 @@ def apply_edits(stack: contextlib.ExitStack, block: nn.Module, anatomy: Anatomy,
 
 
 def _by_token(edit: LowRank | Tensor) -> LowRank | Tensor:
-    """The edit with one leading dimension, or none where it serves all tokens."""
+    """Return the edit with one leading dimension, or with none if it serves all tokens."""
     if isinstance(edit, Tensor):
         return edit.reshape(-1, edit.shape[-1]) if edit.ndim > 1 else edit
     if len(edit.shape) == 2:

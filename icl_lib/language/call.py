@@ -1,4 +1,4 @@
-"""How a language model is called: token ids in, logits out; and what it must be like for that."""
+"""Call a language model with token ids, and check that the model and the ids are valid."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Call = dict[str, Tensor]
 
 
 def is_tokens(inputs: Any) -> bool:
-    """Whether these inputs are token ids: a tensor of whole numbers."""
+    """Return whether these inputs are token ids: a tensor of integers."""
     return isinstance(inputs, Tensor) and not (inputs.is_floating_point() or inputs.is_complex())
 
 
 def full_call(ids: Tensor, length: int | None = None) -> Call:
-    """The whole prompt ``[*batch, n]``, as the model is called with it; ``length`` keeps the first so many tokens."""
+    """Return the call for the prompt ``[*batch, n]``, or for its first ``length`` tokens."""
     ids = ids.reshape(-1, ids.shape[-1])[:, :length]
     return {"input_ids": ids, "position_ids": _positions(0, ids.shape[1], ids)}
 
 
 def bare_call(ids: Tensor, context_length: int, reference: str, first: int) -> Call:
-    """What is left of the prompt without its context, every token at its own position; see `Patch.bare`.
+    """Return the call for the prompt without its context, every token at its own position; see `Patch.bare`.
 
     >>> ids = torch.tensor([[7, 8, 9]])
     >>> bare_call(ids, 1, "query", 1)
@@ -51,7 +51,7 @@ def _positions(start: int, stop: int, ids: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, call: Call, keep: int | None = None, **options: Any) -> Tensor:
-    """The logits ``[rows, tokens, vocabulary]``; of the last ``keep`` tokens where the model can leave out the rest."""
+    """Return the logits ``[rows, tokens, vocabulary]``, or those of the last ``keep`` tokens."""
     output = call_model(model, call, keep, **options)
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
@@ -60,22 +60,22 @@ def run(model: nn.Module, call: Call, keep: int | None = None, **options: Any) -
 
 
 def call_model(model: nn.Module, call: Call, keep: int | None = None, **options: Any) -> Any:
-    """The model's own forward pass, with those options that it knows."""
+    """Run the model's own forward pass, with those options that it accepts."""
     known = accepted(model)
     options = {"use_cache": False, **options} | ({"logits_to_keep": keep} if keep else {})
     return model(**call, **{name: value for name, value in options.items() if name in known})
 
 
 def accepted(model: nn.Module) -> set[str]:
-    """The names of the arguments of the model's forward pass."""
+    """Return the names of the arguments of the model's forward pass."""
     return set(inspect.signature(type(model).forward).parameters)
 
 
 @contextlib.contextmanager
 def experts_one_by_one(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
-    """Inside the ``with``, a mixture multiplies by each expert's matrix on its own, and so by its edit too.
+    """Inside the ``with``, a mixture multiplies by the matrix of one expert at a time, so that each can be edited.
 
-    This is transformers' implementation "eager", the only one that also runs in float64.
+    This is the implementation "eager" of transformers, the only one that also runs in float64.
     """
     if not (anatomy.router and hasattr(model, "get_experts_implementation")):
         yield
@@ -95,71 +95,74 @@ def check_tokens(
     anatomy = anatomy_of(model)
     if not {"input_ids", "position_ids"} <= accepted(model):
         raise ValueError(
-            f"inputs are whole numbers and {type(model).__name__} is not called with input_ids and position_ids: "
-            "give it the float stream that it reads, or a causal language model."
+            f"inputs are token ids, but {type(model).__name__} is not called with input_ids and position_ids: give "
+            "this model its float stream, or give a causal language model."
         )
     if inputs.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"inputs have dtype {inputs.dtype}: give token ids as inputs.long().")
     if inputs.is_meta or any(tensor.is_meta for tensor in model.parameters()):
         raise ValueError(
-            "the model or its inputs are on the device meta, which holds no numbers: load the weights first, and "
-            "without offloading."
+            "the model or its inputs are on the device meta, which holds no numbers: load the weights first, without "
+            "offloading them."
         )
     if not inputs.ndim or not inputs.numel():
-        raise ValueError(f"inputs have shape {tuple(inputs.shape)}: there is no prompt in them; give [*batch, n].")
+        raise ValueError(f"inputs have shape {tuple(inputs.shape)}: there is no token in them; give [*batch, n].")
     check_lengths(inputs.shape[-1], context_length)
     known = model.get_input_embeddings().num_embeddings
     wrong = (inputs < 0) | (inputs >= known)
     if bool(wrong.any()):
         where = wrong.nonzero()[0].tolist()
         raise ValueError(
-            f"inputs{where} is {inputs[tuple(where)].item()}: this model knows the tokens 0 … {known - 1}. Does the "
+            f"inputs{where} is {inputs[tuple(where)].item()}: this model has the tokens 0 … {known - 1}. Does the "
             "tokenizer belong to another model?"
         )
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None and inputs.shape[-1] > longest:
-        raise ValueError(f"inputs hold {inputs.shape[-1]} tokens: this model has positions for {longest}.")
+        raise ValueError(
+            f"inputs hold {inputs.shape[-1]} tokens: this model has positions for {longest}; shorten them."
+        )
     if reference not in ("query", "self"):
         raise ValueError(f"reference is {reference!r}: choose 'query' or 'self'.")
     if positions not in (None, "all", "query"):
-        raise ValueError(f"positions is {positions!r}: choose 'all' or 'query', or None for all that are possible.")
+        raise ValueError(f"positions is {positions!r}: choose 'all' or 'query', or None for the default.")
     if positions == "all" and reference == "query":
         raise ValueError(
-            "positions='all' needs reference='self' for token ids: the whole network is run, and each token can only "
-            "stand in for itself."
+            "positions='all' needs reference='self' for token ids: the edits are for runs of the whole model, in which "
+            "the query cannot replace another token."
         )
     if outer is not None and outer not in anatomy.outer_choices:
         raise ValueError(
-            f"outer is {outer!r}: the blocks of {type(model).__name__} can take the change in "
+            f"outer is {outer!r}: for the blocks of {type(model).__name__} choose "
             f"{' or '.join(map(repr, anatomy.outer_choices))}."
         )
     if not isinstance(joint, bool):
         raise ValueError(f"joint is {joint!r}: give True or False.")
     require_still(model)
     if torch.is_autocast_enabled(inputs.device.type):
-        raise ValueError("autocast is on: the edits would be computed in mixed precisions. Leave autocast first.")
+        raise ValueError("autocast is on: the edits would be computed in mixed precision. Leave autocast first.")
 
 
 def check_lengths(length: int, context_length: Any) -> None:
-    """Require a context, and at least one token after it."""
+    """Require at least one token of context and one after it."""
     if isinstance(context_length, bool) or not isinstance(context_length, numbers.Integral):
-        raise ValueError(f"context_length is {context_length!r}: give the number of tokens that the patch replaces.")
+        raise ValueError(f"context_length is {context_length!r}: give the number of tokens that the edits replace.")
     if not 1 <= context_length < length:
         raise ValueError(
             f"context_length is {context_length} and inputs hold {length} tokens: at least one token must be replaced "
-            f"and one be left to ask; give 1 … {length - 1}."
+            f"and at least one must remain; give 1 … {length - 1}."
             if length > 1
-            else f"inputs hold {length} token(s): a context and a query need at least two."
+            else f"inputs hold {length} token(s): the context and the query need at least one token each; give two or "
+            "more."
         )
 
 
 def require_still(model: nn.Module) -> None:
-    """Require that the model answers the same each time: no dropout or noise, as in training."""
+    """Require that the model is deterministic: no dropout and no noise, as in training."""
     require_deterministic(model, "model")
     for name, part in model.named_modules():
         for rate in ("attention_dropout", "jitter_noise"):
             if part.training and isinstance(getattr(part, rate, 0), float) and getattr(part, rate) > 0:
                 raise ValueError(
-                    f"model.{name} has {rate}={getattr(part, rate)} in training mode, which does something else each "
-                    "time it runs: call model.eval() first."
+                    f"model.{name} has {rate}={getattr(part, rate)} in training mode, so its output differs from run "
+                    "to run: call model.eval() first."
                 )

@@ -1,7 +1,7 @@
-r"""Finds the edits of one block while the block runs with them.
+r"""Compute the edits of one block during its forward pass.
 
-Each edit is worked out when its weight is first used, from what the weight reads then and from what the block read with
-the context; the weight answers as edited at once. So whatever comes behind it reads what the patched block makes.
+Each edit is computed when its weight is used, from the input of the weight then and from what the block read with the
+context. The edit is applied at once, so everything after it in the block reads the output of the edited weight.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from icl_lib.theorem import joint_weight_update, least_norm_edit, weight_update
 
 @dataclass
 class Reading:
-    """What one block read and answered with the context, at the positions that get an edit: ``[tokens, width]``.
+    """What one block read and output with the context, at the positions that get an edit: ``[tokens, width]``.
 
     Attributes:
-        stream: $h_C$; in a parallel block the attention's answer, which is what the context changes.
+        stream: $h_C$; in a parallel block the output of the attention, which is what the context changes.
         read: $z_C$; None in a parallel block.
-        output: the stream after the block, where it is kept.
+        output: the stream after the block, if it is kept.
     """
 
     stream: Tensor | None = None
@@ -41,15 +41,15 @@ class Reading:
 
 
 class Finder:
-    """The edits of one block, as they are found.
+    """Computes the edits of one block.
 
     Args:
-        where: what errors call the block.
-        block, anatomy: the block and its places.
-        reading: what it read with the context.
-        outer: what takes the change of the stream: ``down``, ``bias`` or ``scale``.
-        joint: whether one edit a map must serve all tokens.
-        formed: whether the block runs with the edited matrices formed, as it will when they are merged.
+        where: the name of the block in error messages.
+        block, anatomy: the block and the places of its parts.
+        reading: what the block read with the context.
+        outer: which weights add the change of the stream: ``down``, ``bias`` or ``scale``.
+        joint: whether one edit of each map must serve all tokens.
+        formed: whether the block runs with the edited matrices themselves, as a merged model does.
     """
 
     def __init__(
@@ -67,15 +67,15 @@ class Finder:
         self.norm = block.get_submodule(anatomy.scale) if anatomy.scale else None
         self.found_inner: dict[str, LowRank] = {}
         self.found_outer: dict[str, LowRank | Tensor] = {}
-        # In the order of the pass: h_C - h_0; which tokens go to each expert, as it reads them, and the sums of their
-        # gates; what the norm behind the MLP shall answer, and with which gain.
+        # Set in this order during the pass: h_C - h_0; the tokens of each expert, in the order in which it reads them;
+        # the sum of the gates of each token; the wanted output of the norm after the MLP, and its new scale.
         self.change: Tensor | None = None
         self.sent: dict[int, Tensor] = {}
         self.gates: Tensor | None = None
         self.turned: tuple[Tensor, Tensor] | None = None
 
     def install(self, stack: contextlib.ExitStack) -> None:
-        """Let the block run with its edits until the stack is left."""
+        """Make the block run with its edits until the stack is closed."""
         block, here = self.block, self.anatomy
         on_stream(stack, block, here, self._on_stream)
         if here.router:
@@ -95,9 +95,11 @@ class Finder:
             stack.enter_context(rescaled(self.norm, self._on_norm))
 
     def edits(self, shape: torch.Size) -> LanguageBlockPatch:
-        """What was found, with the leading dimensions ``shape``."""
+        """Return the edits, with the leading dimensions ``shape``."""
         if not self.found_outer or not set(self.anatomy.inner) <= {split(path)[0] for path in self.found_inner}:
-            raise ValueError(f"{self.where}: not every map named in its anatomy is called: correct the entry.")
+            raise ValueError(
+                f"{self.where}: a map named in its anatomy is never called: correct the entry, see icl_lib.anatomy."
+            )
 
         def shaped(path: str, edit: LowRank | Tensor) -> LowRank | Tensor:
             if split(path)[1] is not None or self.joint:
@@ -112,7 +114,7 @@ class Finder:
         return LanguageBlockPatch(inner, outer, self.change.reshape(*shape, -1), {} if self.joint else self.sent)
 
     def forget(self) -> None:
-        """Release what was found, and what it was found from."""
+        """Release the edits and everything that was kept to compute them."""
         self.found_inner, self.found_outer, self.sent = {}, {}, {}
         self.change = self.gates = self.turned = None
 
@@ -125,7 +127,7 @@ class Finder:
     def _on_routed(self, _: nn.Module, __: Any, answer: tuple[Tensor, Tensor, Tensor]) -> None:
         if not (isinstance(answer, tuple) and len(answer) == 3):
             raise ValueError(
-                f"{self.where}.{self.anatomy.router} answers a {type(answer).__name__}: a router must answer (logits, "
+                f"{self.where}.{self.anatomy.router} returns a {type(answer).__name__}: a router must return (logits, "
                 "gates, chosen experts), see icl_lib.anatomy."
             )
         _, gates, chosen = answer
@@ -147,26 +149,26 @@ class Finder:
         change = self.change
         if self.norm is not None:
             parts = parts_of(self.norm, answer)
-            wanted = parts.answer + self.change
-            change, gain = self._named(
-                path, turning_update, wanted, answer, parts.normed, parts.gain, self.joint and len(answer) > 1
+            wanted = parts.output + self.change
+            change, scale = self._named(
+                path, turning_update, wanted, answer, parts.normed, parts.scale, self.joint and len(answer) > 1
             )
-            self.turned = wanted, gain
+            self.turned = wanted, scale
         return self._outer(path, change, hidden)
 
     def _on_norm(self, read: Tensor) -> Tensor:
         path = self.anatomy.scale
         parts = parts_of(self.norm, read.reshape(self.change.shape))
-        if self.turned is None:  # the scale alone takes the change, and what the norm rounds off
-            rest = self.change + parts.answer - parts.gain * parts.normed
+        if self.turned is None:  # the scale alone takes the change and the rounding of the norm
+            rest = self.change + parts.output - parts.scale * parts.normed
             edit = self._named(path, scale_update, rest, parts.normed)
         else:
-            wanted, gain = self.turned
-            if gain.ndim > 1:
-                # Turning has left rounding errors, those of a norm that computes in float32 among them.
+            wanted, scale = self.turned
+            if scale.ndim > 1:
+                # Turning leaves rounding errors, among them those of a norm that computes in float32.
                 exact = wanted / parts.normed
-                gain = torch.where((exact - gain).abs() < gain.abs() / 2, exact, gain)
-            edit = gain - parts.gain
+                scale = torch.where((exact - scale).abs() < scale.abs() / 2, exact, scale)
+            edit = scale - parts.scale
         self.found_outer[path] = self._one_vector(path, edit)
         return self.found_outer[path]
 
@@ -185,9 +187,9 @@ class Finder:
             return vectors
         if len(vectors) > 1:
             raise ValueError(
-                f"{self.where}.{path}: {len(vectors)} positions need {len(vectors)} vectors, and it has one for all. "
-                "Ask with a single token, give each position its own edits (Patch.applied), or absorb with "
-                "outer='down'."
+                f"{self.where}.{path}: {len(vectors)} positions need {len(vectors)} vectors, and one vector serves all "
+                "positions here. Use a query of one token, give each position its own edits (Patch.applied), or absorb "
+                "with outer='down'."
             )
         return vectors[0]
 
@@ -195,25 +197,25 @@ class Finder:
         try:
             return formula(*arguments)
         except ValueError as error:
-            hint = (
-                "A token that occurs twice reads the same where a map sees neither position nor context, as in the "
-                "first block of a parallel architecture."
-                if "independent" in str(error)
-                else "Without the context the MLP reads a_without, and its last map hidden."
-            )
-            raise ValueError(f"{self.where}.{path}: {error} ({hint})") from None
+            hints = {
+                "independent": "In the first block, equal tokens can give a map equal inputs.",
+                "a_without": "a_without is the input of the MLP without the context.",
+                "hidden": "hidden is the input of the last map.",
+            }
+            hint = next((f" ({said})" for name, said in hints.items() if name in str(error)), "")
+            raise ValueError(f"{self.where}.{path}: {error}{hint}") from None
 
 
 class NormParts(NamedTuple):
-    r"""A norm's answer $g \odot u$ and its parts: what it answers, $u$, and $g$, which is $m$ or $1 + m$."""
+    r"""The output $\gamma \odot \bar o$ of a norm, $\bar o$, and $\gamma$, which in Gemma is 1 plus the parameter."""
 
-    answer: Tensor
+    output: Tensor
     normed: Tensor
-    gain: Tensor
+    scale: Tensor
 
 
 def parts_of(norm: nn.Module, read: Tensor) -> NormParts:
-    """The parts of a norm's answer, found by running it with scales of zero and one."""
+    """Return the parts of a norm's output, found by running the norm with parameters of zero and one."""
     twin = copy.copy(norm)  # shares everything but its attributes' dictionary
     scale = norm._parameters["weight"].detach()
 

@@ -1,4 +1,4 @@
-"""Text written by a model that never sees its prompt: the edits are made anew for every token."""
+"""Text written by a model that reads one token at a time: new edits replace the text before each token."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from icl_lib.validation import require_size, validated_by
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """What :func:`greedy_agreement` generated; tokens are ``[batch, new]``.
+    """The result of :func:`greedy_agreement`; tokens are ``[batch, new]``.
 
     Attributes:
-        tokens: chosen by the patched model, which is fed nothing but the current token at its own position.
+        tokens: chosen by the edited model, which reads the current token alone, at its own position.
         with_context: chosen by the model itself at the same places, with the whole text in its cache. As long as the
-            two agree, this is the model's ordinary greedy generation.
+            two agree, this is the ordinary greedy generation of the model.
         without_context: chosen by the model on the current token alone, without edits.
-        error: the largest relative error of the patched model's logits.
+        error: the largest relative error of the logits of the edited model.
     """
 
     tokens: Tensor
@@ -36,12 +36,12 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """The share of tokens on which the patched model and the prompted one agree."""
+        """The share of tokens on which the edited model and the model with the text agree."""
         return (self.tokens == self.with_context).double().mean().item()
 
     @property
     def control(self) -> float:
-        """The same for the model without edits."""
+        """The same share for the model without edits."""
         return (self.without_context == self.with_context).double().mean().item()
 
 
@@ -55,8 +55,8 @@ def _check(model: Any, input_ids: Any, max_new_tokens: Any, outer: Any, progress
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None and input_ids.shape[-1] + max_new_tokens > longest:
         raise ValueError(
-            f"{input_ids.shape[-1]} tokens and {max_new_tokens} new ones are more than this model has positions for, "
-            f"{longest}: ask for fewer."
+            f"{input_ids.shape[-1]} tokens and {max_new_tokens} new ones need more positions than the {longest} of "
+            "this model: lower max_new_tokens."
         )
 
 
@@ -64,18 +64,18 @@ def _check(model: Any, input_ids: Any, max_new_tokens: Any, outer: Any, progress
 def greedy_agreement(
     model: nn.Module, input_ids: Tensor, max_new_tokens: int = 20, outer: str | None = None, progress: bool = False
 ) -> Agreement:
-    """Greedy generation by a patched model that sees only the current token, beside the model with the whole text.
+    """Compare greedy generation by an edited model that reads only the current token with that of the model itself.
 
-    The protocol of Goldwaser et al. (arXiv 2511.17864): at every step the model reads the current token with the text
-    before it in its key-value cache, the edits that replace this text are computed, and the patched model, fed the
-    current token at its position and nothing else, chooses the next one, with which both go on.
+    The protocol of Goldwaser et al. (arXiv 2511.17864). At every step the model reads the current token, with the text
+    before it in its key-value cache, and the edits that replace this text are computed. The edited model reads the
+    current token alone, at its position, and chooses the next token. Both go on with that token.
 
     Args:
-        model: a causal language model with an anatomy; it is left as it was.
+        model: a causal language model with an anatomy; it is not changed.
         input_ids: prompts of one length, ``[*batch, n]``.
-        max_new_tokens: how many tokens to write after each; there is no early stop.
+        max_new_tokens: the number of tokens to write after each prompt; there is no early stop.
         outer: as for :func:`icl_lib.absorb.absorb`.
-        progress: show a bar over tokens.
+        progress: show a progress bar over tokens.
 
     Raises `ValueError` as :func:`icl_lib.absorb.absorb` does.
     """

@@ -1,14 +1,15 @@
-r"""The prompt of a language model turned into weights: one pass with the context, one without.
+r"""The edits of a language model from two passes: one with the context, one without.
 
-A block's MLP sublayer is $h \mapsto h + g(f(h))$. With the context it reads $h_C$, and its linear maps read $z_C$.
-Without the context, the patched model's own forward pass on the bare query reads $h_0$ and $z_0$, and
+The MLP sublayer of a block is $h \mapsto h + \mathrm{MLP}(V_1 z, V_2 z, \dots)$, where $z$ is $h$ or a norm of it. The
+first pass records $h_C$ and $z_C$ of every block. The second pass runs the bare query, reads $h_0$ and $z_0$ and edits
 
 $$\Delta V = \frac{V (z_C - z_0) z_0^\top}{\lVert z_0 \rVert^2}, \qquad \Delta h = h_C - h_0 ,$$
 
-for every linear map $V$ that reads $z$, while $\Delta h$ goes into what the architecture has: $\Delta b' = \Delta h$,
-$\Delta W_\text{down} = \Delta h\, y^\top / \lVert y \rVert^2$, or a norm behind the MLP (:mod:`icl_lib.outer`). The
-second pass finds each edit when the weight is first used and runs on with it, so that it is already the patched model's
-answer: block $\ell$ is fed what the patched blocks before it have made.
+for every linear map $V$ that reads $z$. The difference $\Delta h$ is added by a bias, $\Delta b' = \Delta h$, by the
+last matrix, $\Delta W_\text{down} = \Delta h\, y^\top / \lVert y \rVert^2$, or by a norm after the MLP
+(:mod:`icl_lib.outer`).
+Each edit is computed when its weight is used and applied at once. So block $\ell$ reads the output of the edited blocks
+before it, and the logits of the second pass are those of the edited model.
 
 Source: Goldwaser, Munn, Gonzalvo, Dherin, *Equivalence of Context and Parameter Updates in Modern Transformer Blocks*
 (arXiv 2511.17864).
@@ -38,12 +39,12 @@ from icl_lib.validation import require_finite
 
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    """A query, and what the model made of it with the context.
+    """A query, and what the blocks read at its tokens with the context.
 
     Attributes:
-        bare: the query as the model is called with it.
-        shape: the leading dimensions of edits, ``[*batch, positions]``.
-        readings: of each block.
+        bare: the call for the query alone.
+        shape: the leading dimensions of the edits, ``[*batch, positions]``.
+        readings: one for each block.
     """
 
     bare: Call
@@ -60,10 +61,10 @@ def with_context(
     visit: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> tuple[tuple[Reading, ...], Tensor]:
-    """Run the whole prompt once; gives what each block read from position ``first`` on, and the logits there.
+    """Run the whole prompt once; return what each block read from position ``first`` on, and the logits there.
 
-    ``keep`` asks for the logits of the last so many positions only; ``outputs`` keeps the streams after the blocks;
-    ``visit`` is called after each block.
+    With ``keep``, only the logits of the last ``keep`` positions are computed. With ``outputs``, the streams after the
+    blocks are kept. ``visit`` is called after each block.
     """
     anatomy, (rows, length) = anatomy_of(model), call["input_ids"].shape
     blocks = model.get_submodule(anatomy.blocks)
@@ -71,7 +72,7 @@ def with_context(
 
     def note(where: str, reading: Reading, name: str, tokens: Tensor) -> None:
         if getattr(reading, name) is not None:
-            raise ValueError(f"{where}: its {name} is read twice in a block: correct the entry, see icl_lib.anatomy.")
+            raise ValueError(f"{where}: its {name} is read twice in one pass: correct the entry, see icl_lib.anatomy.")
         tokens = tokens.detach().reshape(rows, length, -1)[:, first:]
         setattr(reading, name, tokens.reshape(-1, tokens.shape[-1]).clone())
 
@@ -91,7 +92,7 @@ def with_context(
                 f"{anatomy.blocks}[{index}]: its stream or its first inner map is never read: correct the entry, see "
                 "icl_lib.anatomy."
             )
-    require_finite("the model's logits", logits, "its weights hold NaN, or overflow: load them again.")
+    require_finite("the model's logits", logits, "its weights hold NaN, or it overflows: load it again.")
     return readings, logits.reshape(-1, logits.shape[-1])
 
 
@@ -105,12 +106,12 @@ def without_context(
     edits: bool = True,
     visit: Callable[[int, Tensor], Any] = lambda *_: None,
 ) -> tuple[tuple[LanguageBlockPatch, ...], Tensor]:
-    """Run the bare query once, finding the edits on the way; gives them, and the logits of the patched model.
+    """Run the bare query once and compute the edits during the pass; return them and the logits of the edited model.
 
-    ``joint`` asks for one edit a map that serves all positions. ``formed`` runs with the edited matrices themselves, so
-    that each block makes up for the rounding of those before it as it will be when they are merged. Without ``edits``
-    they are forgotten block by block. ``visit`` is called with the number of each block and the stream after it,
-    ``[tokens, width]``.
+    With ``joint``, one edit of each map serves all positions. With ``formed``, the pass uses the edited matrices
+    themselves and rounds as a merged model does, so each block corrects the rounding of those before it. Without
+    ``edits``, they are released block by block. ``visit`` is called with the number of each block and the stream after
+    it, ``[tokens, width]``.
     """
     anatomy = anatomy_of(model)
     found: list[LanguageBlockPatch] = []
@@ -133,5 +134,5 @@ def without_context(
 
 
 def bar_over(blocks: int, passes: int, progress: bool) -> tqdm:
-    """A bar that counts blocks; none unless it is asked for, and none on the book's pages."""
+    """Return a progress bar that counts blocks, hidden unless ``progress`` is true, and while the book is built."""
     return tqdm(total=blocks * passes, unit="block", disable=not progress or building_book(), leave=False)

@@ -1,4 +1,4 @@
-r"""The edits of a language model that replace its prompt: hooked in as factors, merged, or saved as an adapter."""
+r"""The edits of a language model that replace its prompt: applied as factors, merged, or saved as an adapter."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from icl_lib.patch import Patch
 
 @dataclass(frozen=True, eq=False)
 class LanguagePatch(Patch):
-    """What a prompt does to a language model, as edits of its weights; made by :func:`icl_lib.absorb.absorb`.
+    """The edits of a language model that replace a prompt; made by :func:`icl_lib.absorb.absorb`.
 
     Attributes:
         blocks: the edits, block by block.
         anatomy, reference, first, context_length: as in :class:`~icl_lib.patch.Patch`.
-        outer_kind: what takes the change of the stream: ``down``, ``bias`` or ``scale``.
-        prompted: the query, and what the blocks read with the context: what a joint patch is made from.
-        is_joint: whether one edit a map serves all positions.
-        source: gives the model that the patch was made from, as long as there is one.
+        outer_kind: which weights add the change of the stream: ``down``, ``bias`` or ``scale``.
+        prompted: the query and what the blocks read with the context; a joint patch is computed from it.
+        is_joint: whether one edit of each map serves all positions.
+        source: returns the model that the patch was made from, or None if it no longer exists.
     """
 
     blocks: tuple[LanguageBlockPatch, ...]
@@ -45,28 +45,30 @@ class LanguagePatch(Patch):
     source: Callable[[], nn.Module | None]
 
     def bare(self, inputs: Tensor) -> Call:
-        """What the patched model is fed in place of token ids ``[*batch, n]``: ``model(**patch.bare(ids))``.
+        """Return the call of the edited model that replaces token ids ``[*batch, n]``: ``model(**patch.bare(ids))``.
 
-        The ids without their context and the positions that they had: reference ``query`` gives ``[batch, m]``,
-        reference ``self`` each token as a sequence of its own, ``[batch · positions, 1]``.
+        It has the ids without their context, and their positions. For reference ``query`` they are ``[batch, m]``; for
+        reference ``self`` each token is a sequence of its own, ``[batch · positions, 1]``.
         """
         return bare_call(inputs, self.context_length, self.reference, self.first)
 
     def at_query(self) -> LanguagePatch:
-        """Itself for reference ``query``, which has edits for no other position."""
+        """Return the patch itself if it has edits for the query only."""
         if self.first != self.context_length:
             raise ValueError("this patch has edits for all positions: absorb with positions='query'.")
         return self
 
     def joint(self, model: nn.Module, formed: bool = False) -> LanguagePatch:
-        r"""The same patch as one edit a map that serves all positions at once (and all prompts of a batch).
+        r"""Return the patch with one edit of each map that serves all positions at once, and all prompts of a batch:
 
         $$\Delta V = V (Z_C - Z_0)\, Z_0^+, \qquad \Delta W_\text{down} = \Delta H\, Y^+$$
 
-        of rank at most the number of positions, from one more run of the bare query. With ``formed`` this run rounds as
-        a model with the matrices $V + \Delta V$ does, so that each block makes up for the rounding of those before it.
-        Raises `ValueError` where the vectors of the positions are linearly dependent, or where a bias or a scale alone
-        would have to serve several, naming block and map.
+        The rank is at most the number of positions. The edits come from one more run of the bare query. With
+        ``formed``, this run rounds as a model with the matrices $V + \Delta V$ does, so each block corrects the
+        rounding of those before it.
+
+        Raises `ValueError`, with block and map, if the vectors of the positions are linearly dependent, or if a bias or
+        a scale alone would have to serve several positions.
         """
         list(self._placed(model))  # all checks come before the run
         with experts_one_by_one(model, self.anatomy):
@@ -75,10 +77,10 @@ class LanguagePatch(Patch):
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Inside the ``with``, ``model(**patch.bare(ids))`` answers what ``model(ids)`` answers with the context.
+        """Inside the ``with``, ``model(**patch.bare(ids))`` outputs what ``model(ids)`` outputs at the query.
 
-        As :meth:`icl_lib.patch.Patch.applied`: nothing is copied, no edit is formed as a matrix, and no parameter is
-        touched. A mixture of experts runs its experts one by one inside.
+        As in :meth:`icl_lib.patch.Patch.applied`, nothing is copied, no edit is formed as a matrix, and no parameter
+        changes. Inside, a mixture of experts runs its experts one by one.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(experts_one_by_one(model, self.anatomy))
@@ -87,11 +89,11 @@ class LanguagePatch(Patch):
             yield model
 
     def merged(self, model: nn.Module) -> nn.Module:
-        """A copy of the model with edited weights: the same classes, no hooks, ready for ``save_pretrained``.
+        """Return a copy of the model with edited weights: the same classes, no hooks, ready for ``save_pretrained``.
 
-        With several positions, one edit a map serves them all; see :meth:`joint`, also for the errors. With
-        ``outer="bias"`` a map gets a bias that its class may not know: the copy answers with it, but loading what
-        ``save_pretrained`` has written leaves it out.
+        With several positions, one edit of each map serves them all; see :meth:`joint`, also for the errors. With
+        ``outer="bias"`` a map may get a bias that its class does not have. The copy uses this bias, but a model that is
+        loaded from what ``save_pretrained`` wrote lacks it.
         """
         edits = self.joint(model, formed=True)
         merged = copy.deepcopy(model)
@@ -104,18 +106,18 @@ class LanguagePatch(Patch):
     def to_lora(self, path: str | Path, model: nn.Module | None = None) -> Path:
         """Write the patch as an adapter that ``peft.PeftModel.from_pretrained(model, path)`` loads.
 
-        ``model`` is by default the one that the patch was made from.
+        By default ``model`` is the model that the patch was made from. The files are ``adapter_config.json`` and
+        ``adapter_model.safetensors``; the edits are those of :meth:`joint`. The scale of a norm is saved in full,
+        as one of PEFT's ``modules_to_save``.
 
-        The folder gets ``adapter_config.json`` and ``adapter_model.safetensors``; the edits are those of :meth:`joint`.
-        A norm's scale is saved in full beside the low-rank factors, as one of PEFT's ``modules_to_save``.
-
-        Raises `ValueError` as :meth:`merged` does, and for a patch that lets a bias take the change: a bias is no LoRA,
-        so absorb with ``outer='down'``.
+        Raises `ValueError` as :meth:`merged` does, and for a patch with ``outer='bias'``: a LoRA adapter has no biases.
         """
         model = self.source() if model is None else model
         if model is None:
-            raise ValueError("the model that this patch was made from is gone: give to_lora(path, model) one like it.")
-        mixture = self.anatomy.router is not None  # whose matrices PEFT forms, and those of linear maps it does not
+            raise ValueError("the model of this patch no longer exists: give a model, to_lora(path, model).")
+        mixture = (
+            self.anatomy.router is not None
+        )  # PEFT forms the edited matrices of experts, but not those of linear maps
         factors: dict[str, LowRank] = {}
         scales: dict[str, Tensor] = {}
         for index, (where, block, anatomy, patch) in enumerate(self.joint(model, formed=mixture)._placed(model)):
@@ -127,19 +129,19 @@ class LanguagePatch(Patch):
                     scales[prefix + name] = block.get_submodule(name).weight.detach() + edit
                 else:
                     raise ValueError(
-                        f"{where}.{name}: a bias is no LoRA. Make the patch with absorb(..., outer='down')."
+                        f"{where}.{name}: a LoRA adapter has no biases. Make the patch with absorb(..., outer='down')."
                     )
         return write_adapter(Path(path), model, factors, scales)
 
     def _placed(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Anatomy, LanguageBlockPatch]]:
         if anatomy_of(model) != self.anatomy:
             raise ValueError(
-                f"model keeps its parts in other places than {self.anatomy}: patch the model it came from."
+                f"model has another anatomy than {self.anatomy}: give the model that the patch was made from."
             )
         blocks = list(model.get_submodule(self.anatomy.blocks))
         if len(blocks) != len(self.blocks):
             raise ValueError(
-                f"model has {len(blocks)} blocks and the patch {len(self.blocks)}: patch the model it came from."
+                f"model has {len(blocks)} blocks and the patch {len(self.blocks)}: give the model of the patch."
             )
         for index, (block, patch) in enumerate(zip(blocks, self.blocks, strict=True)):
             where = f"{self.anatomy.blocks}[{index}]"
@@ -149,6 +151,6 @@ class LanguagePatch(Patch):
                 if (weight.shape, weight.dtype, weight.device) != (shape, edit.dtype, edit.device):
                     raise ValueError(
                         f"{where}.{path} holds {tuple(weight.shape)}, {weight.dtype} on {weight.device} and its edit "
-                        f"is {tuple(shape)}, {edit.dtype} on {edit.device}: patch the model it is from."
+                        f"is {tuple(shape)}, {edit.dtype} on {edit.device}: give the model that it was made from."
                     )
             yield where, block, self.anatomy.of(block), patch

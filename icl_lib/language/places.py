@@ -1,4 +1,4 @@
-"""Where an edit belongs: its path in a block, the matrix there, and the matrix as if it had been edited."""
+"""The place of an edit in a block: its path, the matrix there, and the edited matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icl_lib.language.shadow import EditedExperts, EditedWeight, shadowed
 
 
 def split(path: str) -> tuple[str, int | None]:
-    """The path of a map, and the number of the expert if it is one's.
+    """Return the path of a map, and the number of the expert that it belongs to, or None.
 
     >>> split("mlp.experts.down_proj[3]"), split("mlp.down_proj")
     (('mlp.experts.down_proj', 3), ('mlp.down_proj', None))
@@ -26,7 +26,7 @@ def split(path: str) -> tuple[str, int | None]:
 
 
 def matrix_at(block: nn.Module, path: str) -> Tensor:
-    """The matrix ``[out, in]`` of the map with this path, as a view of the parameter itself, never of its shadow."""
+    """Return the matrix ``[out, in]`` of the map with this path: a view of the parameter, also while it is edited."""
     path, expert = split(path)
     if expert is not None:
         parent, _, name = path.rpartition(".")
@@ -37,7 +37,7 @@ def matrix_at(block: nn.Module, path: str) -> Tensor:
 
 
 def vector_at(block: nn.Module, path: str) -> Tensor:
-    """A norm's scale; of a linear map something of the size that its bias has."""
+    """Return the scale of a norm, or for a linear map a vector of the size of its bias."""
     weight = block.get_submodule(path)._parameters["weight"].detach()
     return weight if weight.ndim == 1 else matrix_at(block, path)[:, 0]
 
@@ -45,7 +45,7 @@ def vector_at(block: nn.Module, path: str) -> Tensor:
 def edited(
     block: nn.Module, path: str, edit: Callable[[Tensor, Tensor], Any], formed: bool = False
 ) -> contextlib.AbstractContextManager[None]:
-    """Inside the ``with``, this linear map has an edited weight; see :class:`~icl_lib.language.shadow.EditedWeight`."""
+    """Inside the ``with``, this map has an edited weight; see :class:`~icl_lib.language.shadow.EditedWeight`."""
     module = block.get_submodule(path)
     return shadowed(module, "weight", EditedWeight(module.weight, edit, formed))
 
@@ -53,7 +53,7 @@ def edited(
 def edited_experts(
     block: nn.Module, path: str, edit: Callable[[int, Tensor, Tensor], Any], formed: bool = False
 ) -> contextlib.AbstractContextManager[None]:
-    """The same for a parameter that holds the matrices of all experts."""
+    """Do the same for a parameter that holds the matrices of all experts."""
     parent, _, name = path.rpartition(".")
     module = block.get_submodule(parent)
     return shadowed(module, name, EditedExperts(getattr(module, name), edit, formed))
@@ -62,32 +62,32 @@ def edited_experts(
 class FullScale(nn.Parameter):
     """A norm's scale in float64 that stays in float64.
 
-    Gemma's norm takes ``weight.float()``, whatever the precision of the model. The unscaled activation times a scale of
-    float32 cannot be an exact sum, so an edited scale would hold to 1e-7 in float64. This one answers ``float()`` with
-    itself; saved and loaded again it is an ordinary parameter.
+    Gemma's norm uses ``weight.float()`` in every precision. Rounded to float32, an edited scale would be exact to 1e-7
+    only. The method ``float`` of this class returns the scale as it is. Saved and loaded again, it is an ordinary
+    parameter.
     """
 
     def float(self) -> Tensor:
-        """The scale as it is."""
+        """Return the scale as it is."""
         return self.as_subclass(Tensor)
 
 
 def full_scale(scale: Tensor) -> nn.Parameter:
-    """The edited scale of a norm, which in float64 keeps its digits; see :class:`FullScale`."""
+    """Return the scale as a parameter that keeps its digits in float64; see :class:`FullScale`."""
     return (FullScale if scale.dtype == torch.float64 else nn.Parameter)(scale, requires_grad=False)
 
 
 @contextlib.contextmanager
 def rescaled(norm: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the ``with``, the norm's scale is edited, by a function of what the norm reads that gives $\\Delta m$."""
+    """Inside the ``with``, the scale of a norm is edited; ``edit`` returns $\\Delta\\gamma$ for the norm's input."""
     scale = norm.weight.detach()
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> None:
         change = edit(args[0])
         if math.prod(change.shape[:-1]) not in (1, math.prod(args[0].shape[:-1])):
             raise ValueError(
-                f"a patched norm reads {math.prod(args[0].shape[:-1])} tokens and its patch was made for "
-                f"{math.prod(change.shape[:-1])}: feed the patched model patch.bare(inputs)."
+                f"an edited norm reads {math.prod(args[0].shape[:-1])} tokens, but its edit was made for "
+                f"{math.prod(change.shape[:-1])}: call the edited model with patch.bare(inputs)."
             )
         change = change.view_as(args[0]) if change.ndim > 1 else change
         vars(norm)["weight"] = full_scale(scale + change)

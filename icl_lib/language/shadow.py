@@ -1,9 +1,8 @@
-r"""Weights that act as if they had been edited, while nothing is copied and no parameter is touched.
+r"""Weights that act as if they were edited, without a copy and without a change of any parameter.
 
-A module reads ``self.weight``; an attribute of that name in the instance is found before the parameter of the module.
-:func:`shadowed` puts one there for the time of a ``with``: an :class:`EditedWeight`, which answers as $W + L R^\top$
-wherever the module's own forward pass multiplies by it. The parameter, the state dict and the module's class stay as
-they are.
+A module reads ``self.weight``. Python finds an instance attribute of this name before the parameter of the module.
+:func:`shadowed` sets such an attribute inside a ``with``: an :class:`EditedWeight`, which acts as $W + L R^\top$ in the
+products of the module's own forward pass. The parameter, the state dict and the class of the module do not change.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     False
     """
     if name in vars(module):
-        raise ValueError(f"{name} of a {type(module).__name__} is edited already: leave the `with` block first.")
+        raise ValueError(f"{name} of a {type(module).__name__} is already edited: leave the `with` block first.")
     vars(module)[name] = value
     try:
         yield
@@ -43,15 +42,14 @@ def shadowed(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 class EditedWeight:
-    r"""A matrix that answers $W z + L (R^\top z)$, or $W z$ plus a vector, under the products of a linear layer.
+    r"""A matrix whose product with $z$ is $W z + L (R^\top z)$, or $W z$ plus a vector.
 
     Args:
-        weight: the matrix, ``[out, in]``, or ``[in, out]`` as `Conv1D` keeps it.
-        edit: a function of all the vectors that are read, ``[tokens, in]``, and of the answers to them without it; it
-            gives what is added to each answer: a :class:`~icl_lib.low_rank.LowRank` ``[out, in]`` or
-            ``[tokens, out, in]``, a tensor ``[out]`` or ``[tokens, out]``, or None.
-
-        formed: answer by the edited matrix, formed for the time of one product: as a merged model will round.
+        weight: the matrix, ``[out, in]``, or ``[in, out]`` in a `Conv1D`.
+        edit: a function of the inputs ``[tokens, in]`` and of the outputs without the edit. It returns the edit: a
+            :class:`~icl_lib.low_rank.LowRank` ``[out, in]`` or ``[tokens, out, in]``, or a tensor ``[out]`` or
+            ``[tokens, out]`` that is added to the outputs, or None.
+        formed: form the edited matrix for each product, so that it rounds as a merged model does.
 
     >>> weight = EditedWeight(torch.eye(2), lambda read, answer: LowRank(torch.ones(2, 1), torch.ones(2, 1)))
     >>> functional.linear(torch.tensor([[1.0, 2.0]]), weight)
@@ -67,8 +65,8 @@ class EditedWeight:
         if name in EditedWeight._SAFE:
             return getattr(self._weight, name)
         raise AttributeError(
-            f"a patched model's forward pass uses weight.{name}, which would not see the edits: this form of layer is "
-            "not covered; use Patch.merged instead."
+            f"the forward pass uses weight.{name}, which would ignore the edit: this kind of layer is not supported "
+            "here; use Patch.merged instead."
         )
 
     @classmethod
@@ -77,8 +75,8 @@ class EditedWeight:
         weight, read = arguments.pop("weight", None), arguments.get("input")
         if not isinstance(weight, EditedWeight) or isinstance(read, EditedWeight):
             raise ValueError(
-                f"a patched model multiplies by an edited weight with {getattr(function, '__name__', function)}, which "
-                "would not see the edits: use Patch.merged, or for experts model.set_experts_implementation('eager')."
+                f"the forward pass uses an edited weight in {getattr(function, '__name__', function)}, which would "
+                "ignore the edit: use Patch.merged, or for experts model.set_experts_implementation('eager')."
             )
 
         def product(matrix: Tensor) -> Tensor:
@@ -98,14 +96,14 @@ class EditedWeight:
 
 
 def _plus(answer: Tensor, flat: Tensor, edit: LowRank | Tensor) -> Tensor:
-    """Add an edit's part to the answers, in place."""
+    """Add the contribution of an edit to the outputs, in place."""
     tokens = edit.batch_shape if isinstance(edit, LowRank) else edit.shape[:-1]
     if tokens and tokens.numel() != flat.shape[0]:
         raise ValueError(
-            f"a patched map reads {flat.shape[0]} tokens and its patch was made for {tokens.numel()}: feed the "
-            "patched model patch.bare(inputs)."
+            f"an edited map reads {flat.shape[0]} tokens, but its edit was made for {tokens.numel()}: call the edited "
+            "model with patch.bare(inputs)."
         )
-    # The answer is nobody else's yet: adding to it in place saves an allocation as large as itself.
+    # No other code holds the output yet, so adding in place is safe and saves memory.
     rows = answer.view(-1, answer.shape[-1])
     if isinstance(edit, Tensor):
         rows += edit
@@ -122,11 +120,11 @@ _PRODUCTS = {functional.linear: ("input", "weight", "bias"), torch.addmm: ("bias
 
 
 class EditedExperts:
-    """A parameter ``[expert, out, in]`` whose matrices are edited, each by what it reads.
+    """A parameter ``[expert, out, in]`` whose matrices are edited.
 
     Args:
         weight: the parameter.
-        edit: a function of the expert, of the vectors that it reads and of its answers.
+        edit: a function of the number of the expert, its inputs and its outputs; see :class:`EditedWeight`.
         formed: see :class:`EditedWeight`.
     """
 

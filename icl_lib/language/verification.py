@@ -1,4 +1,4 @@
-"""Does the identity hold for this language model and this prompt?"""
+"""Verify the identity for a language model and a prompt."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from icl_lib.measures import relative_error, wide
 from icl_lib.report import TOLERANCE, Report
 
 CONTROLS = 32
-"""The number of positions of a prompt at which the model is also run without its edits."""
+"""The number of positions of a prompt at which the model is also run without edits."""
 
 
 def verify_tokens(
@@ -34,9 +34,9 @@ def verify_tokens(
     joint: bool,
     progress: bool,
 ) -> Report:
-    """:func:`icl_lib.verification.verify` for token ids ``[*batch, n]``: three runs of the model.
+    """Do what :func:`icl_lib.verification.verify` does, for token ids ``[*batch, n]``, in three runs of the model.
 
-    With the context; without it and without edits, at up to :data:`CONTROLS` positions; without it and with edits.
+    The runs are: with the context; bare, at up to :data:`CONTROLS` positions; and edited.
     """
     anatomy, first = anatomy_of(model), first_token(context_length, reference, positions)
     outer = outer or anatomy.outer_choices[0]
@@ -79,9 +79,9 @@ def verify_tokens(
 def _without_edits(
     model: nn.Module, prompted: Prompted, logits: Tensor, context: int, bar: Callable[[], Any]
 ) -> tuple[list[list[float]], float]:
-    """How far off the model is on the bare query: after each block at some positions, and in its logits.
+    """Return the errors of the model on the bare query: after each block at some positions, and of its logits.
 
-    The logits count at the positions after those ``context`` that belong to the context: the first has none of its own.
+    For the logits, the first ``context`` positions are left out: they belong to the context.
     """
     prompts, tokens, call = prompted.shape[:-1].numel(), prompted.shape[-1], prompted.bare
     some = torch.arange(tokens)
@@ -109,7 +109,7 @@ def _without_edits(
 
 
 def _tolerance(dtype: torch.dtype, rounded: bool) -> float:
-    """That of the precision; a gain that several positions share cannot make up for a norm that computes in float32."""
+    """Return the tolerance; a scale that several positions share cannot correct a norm that computes in float32."""
     return max(TOLERANCE[dtype], TOLERANCE[torch.float32]) if rounded else TOLERANCE[dtype]
 
 

@@ -1,4 +1,4 @@
-"""Seeing what a block reads and answers, without changing it."""
+"""Hooks that record what a block reads and outputs, without changing it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icl_lib.anatomy import Anatomy
 
 
 def on_stream(stack: contextlib.ExitStack, block: nn.Module, anatomy: Anatomy, see: Callable[[Tensor], Any]) -> None:
-    """Let ``see`` have $h$, until the stack is left; in a parallel block, the attention's answer."""
+    """Call ``see`` with $h$ (in a parallel block, with the output of the attention) until the stack is closed."""
     place = block.get_submodule(anatomy.stream)
     if anatomy.parallel:
         hook = place.register_forward_hook(lambda _, __, answer: see(_tensor(answer)))
@@ -24,7 +24,7 @@ def on_stream(stack: contextlib.ExitStack, block: nn.Module, anatomy: Anatomy, s
 
 
 def on_output(stack: contextlib.ExitStack, block: nn.Module, see: Callable[[Tensor], Any]) -> None:
-    """Let ``see`` have the stream after the block, until the stack is left."""
+    """Call ``see`` with the stream after the block, until the stack is closed."""
 
     def after(_: nn.Module, __: Any, answer: Any) -> None:
         see(_tensor(answer))
@@ -33,5 +33,5 @@ def on_output(stack: contextlib.ExitStack, block: nn.Module, see: Callable[[Tens
 
 
 def _tensor(answer: Any) -> Tensor:
-    """The tensor itself, or the first of a tuple."""
+    """Return the tensor itself, or the first element of a tuple."""
     return answer if isinstance(answer, Tensor) else answer[0]
