@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.experiments.language import VOCABULARY, small_language_model
+from icl_lib.measures import relative_error
 
 LENGTH = 64
 MIXTURES = ("Mixtral", "Qwen 3 MoE")
@@ -27,8 +28,8 @@ def prompts(*batch: int, length: int = LENGTH) -> Tensor:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """The largest relative distance of two answers at a position."""
-    return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    """Return the largest relative error of a position."""
+    return relative_error(actual, expected).max().item()
 
 
 def state(model: nn.Module) -> tuple[list[int], list[str], dict[str, Tensor]]:
