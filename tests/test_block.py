@@ -19,6 +19,7 @@ from icl_lib import (
     implicit_update,
     kept_context,
 )
+from icl_lib.measures import relative_error
 
 LAYERS = {
     "softmax": lambda dim, heads: SoftmaxAttention(dim, heads, head_dim=max(1, dim // heads)),
@@ -41,9 +42,9 @@ def prompt(batch=(), n=5, dim=6, dtype=torch.float64, seed=1):
 
 
 def difference(actual, expected):
-    """The largest relative difference over the batch."""
-    distance = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return distance.max().item() if distance.numel() else 0.0
+    """Return the largest relative error over the batch, 0 for an empty one."""
+    errors = relative_error(actual, expected)
+    return errors.max().item() if errors.numel() else 0.0
 
 
 cases = st.fixed_dictionaries(
