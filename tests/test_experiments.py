@@ -1,4 +1,4 @@
-"""The figures' data: the identity holds at every step of training, and the controls do not."""
+"""The experiments: the identity holds at every step of training, and the controls fail."""
 
 import pytest
 import torch
@@ -105,6 +105,21 @@ def test_small_language_models_follow_their_seed_and_options():
         small_language_model("Lama")
     with pytest.raises(ValueError, match="blocks is 0"):
         small_language_model("Llama", blocks=0)
+
+
+def test_a_picture_of_the_solution_set_says_what_it_shows():
+    row = plots.solution_family([-1.0, 0.0], [2.0, 1.0], torch.eye(2).double().numpy(), 3e-16, 1, at=1)
+    norms, edit = row.pictures
+    assert "t is 0 and the norm 1.00" in norms.alt
+    assert "rank is 1" in edit.alt
+    assert "3 × 10⁻¹⁶" in edit.alt
+
+
+def test_pictures_of_a_removal_share_their_axes():
+    arguments = ([0, 1], [1.0, 0.0], 0.5, [0.5, 0.5], [0.1, 0.5], 0.4)
+    shared, own = (plots.removal(*arguments, at=0, limits=limits) for limits in ((9.0, (-7.0, 7.0)), None))
+    assert "norm 1.00" in shared.pictures[0].alt
+    assert shared._repr_html_() != own._repr_html_()
 
 
 def test_where_a_prompt_writes_is_said_in_words():

@@ -1,4 +1,4 @@
-"""Which MLPs the theorem covers: the others are told so when a block is made, and none slips through."""
+"""Which MLPs the theorem covers: the edit is exact for these, and all others are refused when a block is made."""
 
 import pytest
 import torch

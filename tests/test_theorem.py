@@ -1,4 +1,4 @@
-"""The formulas against oracles that do not know them: a least-norm solver, and the derivation."""
+"""The formulas against independent oracles: a least-norm solver and the derivation."""
 
 import numpy as np
 import pytest

@@ -46,6 +46,7 @@ def removal(
     bare: Sequence[float],
     right: float,
     at: int,
+    limits: tuple[float, tuple[float, float]] | None = None,
 ) -> Row:
     """The norm of the edit when more or less of a context is removed, and the answers with and without the edit.
 
@@ -57,17 +58,19 @@ def removal(
         bare: the unedited model's answer with the kept part. Control.
         right: the right answer.
         at: the case to mark, an index into ``kept``.
+        limits: the largest norm and the range of answers on the axes, so that several pictures share them.
     """
+    most, answers_range = limits or (None, None)
     here = f"With {kept[at]} of {kept[-1]} examples kept"
     with figure(width=3.3, height=2.9) as (size, ax):
         _walked(ax, kept, norms, at)
-        ax.set(title="norm of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, None))
+        ax.set(title="norm of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, most))
     with figure(width=3.3, height=2.9) as (answers, ax):
         ax.axhline(right, color=COLOURS["green"], linestyle=":", label="right answer")
         ax.axhline(prompted, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="full prompt")
         _walked(ax, kept, bare, at, color=COLOURS["grey"], linestyle="--", label="kept part, no edit")
         _walked(ax, kept, edited, at, label="kept part + edit")
-        ax.set(title="the model's answer", xlabel="examples kept")
+        ax.set(title="the model's answer", xlabel="examples kept", ylim=answers_range)
         ax.legend(fontsize="small")
     return Row(
         Figure(size, f"{here}, the edit has norm {norms[at]:.2f}."),
@@ -128,7 +131,7 @@ def _number(value: float, form: str = "g") -> str:
     return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
 
 
-def _walked(ax: Axes, x: Sequence[float], y: Sequence[float], at: int, **style: Any) -> None:
+def _walked(ax: Axes, x: Sequence[float | int], y: Sequence[float], at: int, **style: Any) -> None:
     """Draw a curve with a dot at one of its points."""
     style = {"color": COLOURS["blue"], **style}
     ax.plot(x, y, **style)
