@@ -1,4 +1,4 @@
-"""The chapters' pictures: data in, :class:`~icl_lib.figures.Figure` out."""
+"""The chapters' figures as functions from data to a :class:`~icl_lib.figures.Figure`."""
 
 from icl_lib.plots.cost import scaling
 from icl_lib.plots.every_block import (
