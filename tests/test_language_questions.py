@@ -5,7 +5,7 @@ import pytest
 import torch
 from language import relative, same, shared, state
 
-from icl_lib import absorb
+from icl_lib import absorb, plots
 from icl_lib.experiments.language import edited_for_questions
 
 LENGTH = 4
@@ -74,3 +74,13 @@ def test_hooks_are_removed_if_the_model_fails():
     with pytest.raises(IndexError):
         edited_for_questions(model, torch.tensor([5]), torch.tensor([[97]]))
     assert same(before, state(model))
+
+
+def test_pictures_of_edits_can_share_a_colour_scale():
+    small, large = [[0.0, 1.0]], [[0.0, 3.0]]
+
+    def draw(sizes, **scale):
+        return plots.written(sizes, ["2", "+"], "edits", **scale).svg
+
+    assert draw(large, largest=3.0) == draw(large)  # its own scale is the shared one
+    assert draw(small, largest=3.0) != draw(small)
