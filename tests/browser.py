@@ -1,4 +1,4 @@
-"""A real browser for the tests: Chromium with every other host blocked, and every complaint of a page written down."""
+"""A real browser for the tests: Chromium, with all other hosts blocked and all complaints of a page recorded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 HOW_TO_GET_ONE = (
-    "No Chromium found, and the book is tested in a real one. Install it (Debian: apt-get install chromium; anywhere: "
+    "No Chromium found; the book is tested in a real one. Install it (Debian: apt-get install chromium; anywhere: "
     "python -m playwright install chromium), or set CHROMIUM to the path of one."
 )
 
@@ -43,7 +43,7 @@ def find_chromium(playwright: Playwright) -> str | None:
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """Serve a folder on loopback; gives its address."""
+    """Serve a folder on loopback; yields its address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -60,14 +60,14 @@ def served(folder: Path) -> Iterator[str]:
 
 @dataclass
 class Visit:
-    """A page, and what went wrong on it so far."""
+    """A page, and its problems so far."""
 
     page: Page
     outside: list[str] = field(default_factory=list)  # requests to other hosts, all refused
     complaints: list[str] = field(default_factory=list)  # console errors and warnings, uncaught errors, HTTP >= 400
 
     def problems(self) -> list[str]:
-        """Everything so far, and a clean slate."""
+        """The problems since the last call."""
         found = [*(f"request to {url}" for url in self.outside), *self.complaints]
         self.outside.clear()
         self.complaints.clear()
@@ -76,7 +76,7 @@ class Visit:
 
 @contextlib.contextmanager
 def visiting(browser: Browser, address: str, **options: object) -> Iterator[Visit]:
-    """A page in a fresh profile that may load from ``address`` (an ``http://`` or ``file://`` one) and nowhere else."""
+    """A page in a new profile that can load from ``address`` (``http://`` or ``file://``) only."""
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
     visit = Visit(context.new_page())
 
@@ -108,7 +108,7 @@ def visiting(browser: Browser, address: str, **options: object) -> Iterator[Visi
 
 
 def settle(page: Page) -> None:
-    """Wait until the fonts are loaded, the mathematics is typeset and the widgets are alive."""
+    """Wait until the fonts are loaded, the formulas typeset and the widgets started."""
     page.evaluate(
         """async () => {
           const until = async (ready) => { while (!ready()) await new Promise((done) => setTimeout(done, 20)); };
@@ -153,4 +153,4 @@ CONTRASTS = """(root) => {
   }
   return result;
 }"""
-"""For each piece of text below an element (pictures aside): the text, and how its colour contrasts with the ground."""
+"""For each piece of text in an element, except in pictures: the text, and its contrast with the background."""

@@ -1,6 +1,8 @@
-"""The build: it fails when a cell raises, when one warns, and when a formula of the library is wrong."""
+"""The build: what makes it fail, and the pages of a small book."""
 
+import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,7 @@ def test_a_cell_that_fails_fails_the_build(tmp_path, cell, complaint):
 
 def test_a_broken_formula_fails_the_build(tmp_path, site):
     folder = copy_of_the_project(tmp_path)
-    # What an earlier build has stored of its pages must not hide the break.
+    # The cached outputs of an earlier build must not hide the broken formula.
     shutil.copytree(site.parent / ".jupyter_cache", folder / "_build" / ".jupyter_cache")
     theorem = folder / "icl_lib" / "theorem.py"
     formula = "return LowRank(left.unsqueeze(-1)"
@@ -63,3 +65,51 @@ def test_a_broken_formula_fails_the_build(tmp_path, site):
     status, output = build_book(folder)
     assert status != 0
     assert "AssertionError" in output
+
+
+@pytest.fixture(scope="module")
+def small_book(tmp_path_factory) -> Path:
+    """The built pages of a book with one page, for a site with an address."""
+    folder = copy_of_the_project(tmp_path_factory.mktemp("small"))
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    cell = "import time\nfor number in range(4):\n    print(number, flush=True)\n    time.sleep(0.3)"
+    (folder / "book" / "page.md").write_text(PAGE.replace("# A page\n", "# A page\n\nOne sentence.\n") % cell)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ICL_LIB_SITE_URL", "https://example.org/paper")
+        status, output = build_book(folder)
+    assert status == 0, output[-3000:]
+    return folder / "_build" / "html"
+
+
+def test_a_loop_prints_into_one_box(small_book):
+    page = (small_book / "book" / "page.html").read_text(encoding="utf-8")
+    boxes = re.findall(r'<div class="output stream.*?</div>', page, re.DOTALL)
+    assert len(boxes) == 1
+    assert re.sub(r"<[^>]+>", "", boxes[0]).split() == ["0", "1", "2", "3"]
+
+
+def test_a_site_with_an_address_has_pictures_in_its_previews(small_book):
+    page = (small_book / "book" / "page.html").read_text(encoding="utf-8")
+    for tag in (
+        '<meta property="og:url" content="https://example.org/paper/book/page.html" />',
+        '<meta property="og:image" content="https://example.org/paper/_static/preview.png" />',
+        '<meta property="og:description" content="One sentence." />',
+        '<meta name="twitter:card" content="summary_large_image" />',
+        '<link rel="canonical" href="https://example.org/paper/book/page.html" />',
+    ):
+        assert page.count(tag) == 1, tag
+    assert page.count("og:image:alt") == 1
+    picture = (small_book / "_static" / "preview.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert struct.unpack(">II", picture[16:24]) == (1200, 630)
+    assert len(picture) < 60_000
+
+
+def test_an_address_that_is_none_fails_the_build(tmp_path, monkeypatch):
+    folder = copy_of_the_project(tmp_path)
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    (folder / "book" / "page.md").write_text("# A page\n")
+    monkeypatch.setenv("ICL_LIB_SITE_URL", "example.org")
+    status, output = build_book(folder)
+    assert status != 0
+    assert "ICL_LIB_SITE_URL is 'example.org': give the site's address" in output

@@ -215,9 +215,10 @@ def test_mathematics_of_docstrings():
     ]
 
 
-def document(*paragraphs: list[nodes.Node]) -> nodes.document:
+def document(paragraphs: list[list[str | nodes.Node]]) -> nodes.document:
     doctree = nodes.document(None, None)
-    doctree += [nodes.paragraph("", "", *parts) for parts in paragraphs]
+    for parts in paragraphs:
+        doctree += nodes.paragraph("", "", *(nodes.Text(part) if isinstance(part, str) else part for part in parts))
     return doctree
 
 
@@ -236,15 +237,12 @@ def document(*paragraphs: list[nodes.Node]) -> nodes.document:
     ],
 )
 def test_a_description_is_whole_sentences_without_formulas(paragraphs, expected):
-    doctree = document(
-        *([part if isinstance(part, nodes.Node) else nodes.Text(part) for part in p] for p in paragraphs)
-    )
-    assert previews.description(doctree) == expected
+    assert previews.description(document(paragraphs)) == expected
 
 
 @pytest.mark.parametrize("address", ["example.org", "ftp://example.org", "https://", "https://a b", 'https://a"b'])
 def test_addresses_of_the_site_that_are_refused(address):
-    with pytest.raises(ConfigError, match="ICL_LIB_SITE_URL is .*: give the site's address"):
+    with pytest.raises(ConfigError, match=r"ICL_LIB_SITE_URL is .*: give the site's address"):
         previews.site_url(address)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import CONTRASTS, Visit, settle, visiting
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page
 
 EXACT = 1e-12
@@ -68,7 +71,7 @@ def middle(locator: Locator) -> tuple[float, float]:
 
 
 def test_every_page_is_complete_and_quiet(browser: Browser, address: str, site: Path):
-    """No request to another host, nothing in the console, mathematics typeset, nothing wider than a phone."""
+    """No request to another host, nothing in the console, formulas typeset and no tab stops, all as wide as a phone."""
     found = {}
     with visiting(browser, address) as visit:
         page = visit.page
@@ -82,6 +85,10 @@ def test_every_page_is_complete_and_quiet(browser: Browser, address: str, site: 
                 problems.append(f"{wrong} formulas that MathJax cannot read")
             if left := page.locator(".math:not(:has(mjx-container))").count():
                 problems.append(f"{left} formulas that are not typeset")
+            if stops := page.locator("mjx-container:is([tabindex], :has([tabindex]))").count():
+                problems.append(f"{stops} formulas that the Tab key stops at")
+            if page.locator("mjx-container").count() != page.locator("mjx-container > mjx-assistive-mml").count():
+                problems.append("formulas that a screen reader cannot read")
             page.set_viewport_size(PHONE)
             for theme in ("light", "dark"):
                 page.evaluate("(theme) => { document.documentElement.dataset.theme = theme; }", theme)
@@ -217,10 +224,13 @@ def test_explore_follows_the_mouse(visit: Visit, address: str, site: Path):
     visit.page.goto(f"{address}/{a_page(site, 'explore')}")
     settle(visit.page)
     explore = visit.page.locator("[data-widget=explore]:has(input[type=range])").first
-    before = explore.locator(".icl-frame").get_attribute("data-frame")
-    x, y = middle(explore.locator("input[type=range]").first)
-    visit.page.mouse.click(x, y)
-    assert explore.locator(".icl-frame").get_attribute("data-frame") != before
+    slider, frame = explore.locator("input[type=range]").first, explore.locator(".icl-frame")
+    x, y = middle(slider)
+    length, seen = slider.bounding_box()["width"], set()
+    for place in (-0.4, 0, 0.4):  # of the slider's length from its middle
+        visit.page.mouse.click(x + place * length, y)
+        seen.add(frame.get_attribute("data-frame"))
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -245,3 +255,206 @@ def test_pages_load_the_widgets_only_where_they_are_used(site: Path):
         text = (site / name).read_text(encoding="utf-8")
         assert ("_static/widgets.js" in text) == ("_static/widgets.css" in text) == (WIDGET in text), name
         assert text.count("const THEBE_JS_URL") <= 1, name
+
+
+# --- what the pages say without a browser
+
+
+def prose(page: str) -> str:
+    """The text of a page's article without code, signatures, formulas, drawings and widgets."""
+    article = re.search(r"<article\b.*?</article>", page, re.DOTALL)[0]
+    for tag in ("script", "style", "svg", "pre", "code", "dt"):
+        article = re.sub(rf"<{tag}\b.*?</{tag}>", " ", article, flags=re.DOTALL)
+    article = re.sub(r'<(span|div) class="math\b.*?</\1>', " ", article, flags=re.DOTALL)
+    return html.unescape(re.sub(r"<[^>]+>", "", article))
+
+
+def stray_asterisks(text: str) -> list[str]:
+    """Asterisks at a word, which are left where emphasis is not closed; ``a * b`` is a product."""
+    return re.findall(r".{0,30}(?:\*\*|(?<!\S)\*\S|\S\*(?!\S)|\w\*\W|\W\*\w).{0,30}", text)
+
+
+def test_no_emphasis_is_left_as_asterisks(site: Path):
+    page = "<article><p>%s</p><code>*args</code><p>2 * 3</p></article>"
+    for broken in ("(its stream*), is", "can be *edited", "a **bold</p><p>word**", "the <em>end</em>* of it"):
+        assert stray_asterisks(prose(page % broken)), "the control: broken emphasis is not found"
+    assert stray_asterisks(prose(page % "whole <em>words</em>")) == []
+    found = {
+        name: stray_asterisks(prose((site / name).read_text(encoding="utf-8"))) for name in pages(site, "<article")
+    }
+    assert {name: asterisks for name, asterisks in found.items() if asterisks} == {}
+
+
+def test_pictures_style_nothing_else_on_the_page(site: Path):
+    for name in pages(site, "<svg"):
+        body = (site / name).read_text(encoding="utf-8").partition("<body")[2]
+        assert "<style" not in body, name
+
+
+def test_folds_have_names_of_their_own(site: Path):
+    found = pages(site, "<summary")
+    assert found
+    for name in found:
+        summaries = re.findall(
+            r"<summary\b([^>]*)>(.*?)</summary>", (site / name).read_text(encoding="utf-8"), re.DOTALL
+        )
+        folds = [
+            html.unescape(re.sub(r"<[^>]+>", "", text)).split("\n")[1] for _, text in summaries if "fa-" not in text
+        ]
+        assert not [attributes for attributes, _ in summaries if "aria-label" in attributes], name
+        assert [fold for fold in folds if folds.count(fold) > 1] == [], f"{name}: give each fold its own title"
+
+
+def meta(page: str, name: str) -> list[str]:
+    """The contents of the meta elements with a name or a property."""
+    tags = re.findall(rf'<meta\b[^>]*\b(?:name|property)="{re.escape(name)}"[^>]*>', page)
+    return [html.unescape(re.search(r'content="([^"]*)"', tag)[1]) for tag in tags]
+
+
+def test_links_to_a_page_have_a_preview(site: Path):
+    for name in pages(site, 'property="og:title"'):
+        page = (site / name).read_text(encoding="utf-8")
+        assert meta(page, "og:site_name") == ["In-context learning as weight updates"], name
+        assert len(meta(page, "viewport")) == 1, name
+        (description,) = meta(page, "description")
+        assert [description] == meta(page, "og:description"), name
+        assert re.search(r"[.!?][”)]?$", description), f"{name}: the description ends in the middle of a sentence"
+        assert "..." not in description, name
+        addresses = [*meta(page, "og:url"), *meta(page, "og:image")]
+        assert all(address.startswith(("https://", "http://")) for address in addresses), name
+
+
+def test_citations_match_the_bibliography(site: Path):
+    page = (site / "book" / "bibliography.html").read_text(encoding="utf-8")
+    entries = re.findall(r'<div class="citation" id="([^"]+)".*?>\n(.*?)\n</div>', page, re.DOTALL)
+    assert len(entries) > 5
+    labels = {}
+    for anchor, entry in entries:
+        label = re.search(r'<span class="label">(.*?)</span>\n', entry)[1]
+        labels[anchor] = html.unescape(re.sub(r"<[^>]+>", "", label)).strip("[]")
+        addresses = re.findall(r'href="(https?://[^"]+)"', entry)
+        assert len(addresses) == len(set(addresses)), f"{labels[anchor]}: an address is printed twice"
+        back = re.findall(r'href="([\w-]+\.html)#([\w-]+)"', entry)
+        assert back, f"{labels[anchor]}: no link leads back"
+        for name, target in back:
+            assert f'id="{target}"' in (site / "book" / name).read_text(encoding="utf-8")
+    in_order = [label.lower() for label in labels.values()]
+    assert in_order == sorted(in_order)
+    cited = 0
+    for name in pages(site, "bibtex-citation"):
+        text = (site / name).read_text(encoding="utf-8")
+        for citation in re.findall(r'<span class="bibtex-citation"[^>]*>(.*?)</span>', text, re.DOTALL):
+            for anchor, shown in re.findall(r'href="bibliography\.html#([\w-]+)"[^>]*>(.*?)</a>', citation):
+                shown = html.unescape(re.sub(r"<[^>]+>", "", shown))
+                author, year = labels[anchor].rsplit(", ", 1)
+                before = html.unescape(re.sub(r"<[^>]+>", "", citation.partition(f"#{anchor}")[0].rpartition("<a")[0]))
+                assert shown == labels[anchor] or (shown == year and before.endswith(f"{author} [")), f"{name}: {shown}"
+                cited += 1
+    assert cited >= len(labels)
+
+
+# --- keyboard, screen readers, print and system colours
+
+
+def test_formulas_are_no_stops_of_the_tab_key(visit: Visit, address: str, site: Path):
+    """By keyboard, a reader comes to the first explorer without a stop at each formula before it."""
+    name = next(
+        name for name in pages(site, f'{WIDGET} data-widget="explore"') if 'class="math' in (site / name).read_text()
+    )
+    visit.page.goto(f"{address}/{name}")
+    settle(visit.page)
+    stops = []
+    inside = "['.icl-explore', 'mjx-container', '*'].find((what) => document.activeElement.closest(what))"
+    while ".icl-explore" not in stops:
+        visit.page.keyboard.press("Tab")
+        stops.append(visit.page.evaluate(inside))
+        assert len(stops) < 150, "the Tab key does not reach the explorer"
+    assert "mjx-container" not in stops
+
+
+def test_explore_is_announced(visit: Visit, address: str, site: Path):
+    """A screen reader reads the alternative text of each new frame."""
+    visit.page.goto(f"{address}/{a_page(site, 'explore')}")
+    settle(visit.page)
+    explore = visit.page.locator("[data-widget=explore]:has(.icl-frame svg[role=img]):has(input[type=range])").first
+    live = explore.locator("[aria-live=polite]")
+    assert live.text_content() == "", "the first frame is read with the page"
+    for key in ("ArrowRight", "ArrowLeft"):
+        explore.locator("input[type=range]").first.press(key)
+        visit.page.wait_for_timeout(600)
+        pictures = explore.locator(".icl-frame svg[role=img]").all()
+        assert live.text_content() == " ".join(picture.get_attribute("aria-label") for picture in pictures)
+    assert live.bounding_box()["width"] <= 1
+
+
+def test_folded_solutions_have_names_of_their_own(visit: Visit, address: str, site: Path):
+    found = pages(site, "dropdown admonition")
+    assert found
+    for name in found:
+        visit.page.goto(f"{address}/{name}")
+        settle(visit.page)
+        names = visit.page.locator(".toggle-button").evaluate_all("(nodes) => nodes.map((node) => node.ariaLabel)")
+        assert len(names) == len(set(names)) > 0, name
+        assert all("Solution" in name for name in names)
+
+
+INKS = """() => {
+  const shown = {};
+  for (const what of ["h1", "article p", "pre", ".icl-explore svg[role=img]", ".icl-explore output"]) {
+    const node = document.querySelector(what);
+    if (node) shown[what] = getComputedStyle(node).color;
+  }
+  return { shown, theme: document.documentElement.dataset.theme };
+}"""
+
+
+def test_a_page_is_printed_in_the_light_theme(visit: Visit, address: str, site: Path):
+    page = visit.page
+    page.emulate_media(color_scheme="dark")
+    page.goto(f"{address}/{a_page(site, 'explore')}")
+    settle(page)
+    before = page.evaluate(INKS)
+    page.evaluate(
+        f"matchMedia('print').addEventListener('change', (event) => event.matches && (window.printed = ({INKS})()))"
+    )
+    page.pdf()
+    printed = page.evaluate("window.printed")
+    assert len(printed["shown"]) >= 4
+
+    def brightness(colour: str) -> float:
+        return max(map(float, re.findall(r"[\d.]+", colour)[:3]))
+
+    assert min(map(brightness, before["shown"].values())) > 150, "the control: this page is not dark on the screen"
+    assert max(map(brightness, printed["shown"].values())) < 100
+    assert page.evaluate(INKS) == before, "after printing, the reader's own theme is not back"
+
+
+def colour(locator: Locator) -> tuple[int, ...]:
+    """The most frequent colour in a picture of an element, without its edge."""
+    with Image.open(io.BytesIO(locator.screenshot())) as picture:
+        size = (2, 2, picture.width - 2, picture.height - 2)
+        return max(picture.convert("RGB").crop(size).getcolors(maxcolors=1 << 20))[1]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_widgets_keep_their_meaning_in_forced_colours(browser: Browser, address: str, site: Path, scheme: str):
+    """Where the system sets all colours, the switch, the heat of the matrix and a choice can still be seen."""
+    with visiting(browser, address, forced_colors="active", color_scheme=scheme) as visit:
+        visit.page.goto(f"{address}/{a_page(site, 'playground')}")
+        settle(visit.page)
+        playground = visit.page.locator(".icl-playground").first
+        switch = playground.get_by_role("switch")
+        on = switch.screenshot()
+        cells = playground.locator(".icl-plus, .icl-minus")
+        seen = {cell.get_attribute("style"): colour(cell) for cell in cells.all()}
+        assert len(set(seen.values())) == len(seen) > 1
+        assert [faint for faint in playground.evaluate(CONTRASTS) if faint[1] < 3] == []
+        switch.uncheck()
+        visit.page.mouse.move(0, 0)
+        assert switch.screenshot() != on
+        for name in pages(site, f'{WIDGET} data-widget="explore"'):
+            visit.page.goto(f"{address}/{name}")
+            settle(visit.page)
+            for choice in visit.page.locator(".icl-choice").all():
+                chosen, *_ = choice.locator("input:checked + span").all()
+                assert colour(chosen) != colour(choice.locator("input:not(:checked) + span").first)

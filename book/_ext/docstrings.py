@@ -1,6 +1,6 @@
 r"""The mathematics of docstrings: ``$x$`` and ``$$x$$``, as chapters write it, become Sphinx's roles and directives.
 
-A docstring then reads the same in ``help()``, in JupyterLab and on the API page.
+Docstrings then use one notation in ``help()``, in JupyterLab and on the API page.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def with_math(lines: list[str]) -> list[str]:
-    r"""The same docstring with reStructuredText's own notation for mathematics; code and examples stay as they are.
+    r"""The docstring with reStructuredText's notation for mathematics. Code and examples are not changed.
 
     >>> with_math(["The norm $\\|x\\|$ costs ``$5``."])
     ['The norm :math:`\\|x\\|` costs ``$5``.']

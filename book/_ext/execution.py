@@ -1,9 +1,9 @@
-"""How the book's notebooks run: with this checkout's library, and from the cache only where nothing has changed.
+"""How the book's notebooks run: with this checkout's library, and from the cache if nothing has changed.
 
 - Kernels import ``icl_lib`` from this checkout, installed or not.
-- ``ICL_LIB_BOOK_BUILD=1`` tells the library's widgets that a page is being made, so they draw what it will show.
-- Jupyter Book caches the outputs of a chapter until the chapter changes. An output also depends on the library, the
-  data that chapters read and the packages they import, so each state of those has a cache of its own.
+- ``ICL_LIB_BOOK_BUILD=1`` tells the library's widgets to draw in advance what the page will show.
+- Jupyter Book caches the outputs of a chapter until the chapter changes. The outputs also depend on the library, on
+  the data and on the installed packages. Each state of these has its own cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def installed_versions(requirements: str) -> list[str]:
 
 
 def cache_key(folders: Iterable[Path], versions: Iterable[str] = ()) -> str:
-    """A hash of every file in ``folders`` (names and contents; compiled Python aside) and of ``versions``."""
+    """A hash of ``versions`` and of the names and contents of all files in ``folders``, except compiled Python."""
     digest = hashlib.sha256("\n".join(versions).encode())
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
@@ -49,7 +49,7 @@ def cache_key(folders: Iterable[Path], versions: Iterable[str] = ()) -> str:
 
 
 def prepare(app: Any, config: Any) -> None:
-    """Set the environment that kernels inherit, and choose the cache."""
+    """Set the environment variables of the kernels, and choose the cache."""
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(search))
     os.environ["ICL_LIB_BOOK_BUILD"] = "1"

@@ -1,8 +1,8 @@
-"""What each page loads: everything from the site itself, and only what the page uses.
+"""What each page loads: only files of the site itself, and only those that the page uses.
 
 - The widgets' ES modules become one classic deferred script: a module cannot be loaded from ``file://``.
-- RequireJS, the ipywidgets manager and the widgets' saved state stay only where a live ipywidgets view needs them.
-- MathJax comes from the site; of its 24 MB only what a page can ask for is kept.
+- RequireJS, the ipywidgets manager and the widgets' saved state stay only on pages with a live ipywidgets view.
+- MathJax is served from the site. Of its 24 MB, only the files that a page can load are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BOOK = Path(__file__).resolve().parents[1]
 STATIC = BOOK.parent / "icl_lib" / "static"
 SCRIPT, STYLE = "widgets.js", "widgets.css"
 EVERYWHERE = ("book.js", "book.css")
-MATHJAX_KEPT = (  # the entry, what it loads by itself, and what its menu's accessibility settings load
+MATHJAX_KEPT = (  # the entry, the files it always loads, and those for the accessibility settings of its menu
     "tex-chtml.js",
     "output/chtml/fonts",
     "input/tex/extensions",
@@ -31,9 +31,9 @@ IPYWIDGETS = ("require.min.js", "embed-amd.js")
 
 
 def bundle(modules: Mapping[str, str], host: str) -> str:
-    """One classic script out of ES modules by name, and the host that runs them.
+    """One classic script made of ES modules, by name, and of the host that runs them.
 
-    Raises `ValueError` for a module that imports, or whose last statement is not ``export default { … };``.
+    Raises `ValueError` for a module with an import, and for one whose last statement is not ``export default { … };``.
 
     >>> print(bundle({"dot": "export const r = 1;\\nexport default { r };\\n"}, "modules.dot.r;"))
     (() => {
@@ -57,7 +57,7 @@ def bundle(modules: Mapping[str, str], host: str) -> str:
 
 
 def used_scripts(scripts: list[tuple[str, str, str]], body: str) -> list[bool]:
-    """Which scripts, given as ``(filename, type, text)``, a page with this body keeps."""
+    """For each script, given as ``(filename, type, text)``, whether a page with this body keeps it."""
     live = "application/vnd.jupyter.widget-view+json" in body
     keep, texts = [], set()
     for filename, kind, text in scripts:
@@ -71,7 +71,7 @@ def used_scripts(scripts: list[tuple[str, str, str]], body: str) -> list[bool]:
 
 
 def prune_mathjax(folder: Path, kept: tuple[str, ...] = MATHJAX_KEPT) -> None:
-    """Delete what no page asks for: keep the named files and folders, and what they contain."""
+    """Delete all files except the named ones and those in the named folders."""
     for file in [path for path in folder.rglob("*") if path.is_file()]:
         name = file.relative_to(folder).as_posix()
         if not any(name == keep or name.startswith(f"{keep}/") for keep in kept):
@@ -105,13 +105,13 @@ def fingerprint(folders: Iterable[Path]) -> str:
 
 
 def renew_source_pages(app: Any) -> list[Any]:
-    """Have sphinx.ext.viewcode write all of its pages: it keeps those of unchanged modules, whose style has changed."""
+    """Make sphinx.ext.viewcode write all its pages again: it would keep those of unchanged modules, in the old style."""
     shutil.rmtree(Path(app.outdir) / "_modules", ignore_errors=True)
     return []
 
 
 def choose(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
-    """Drop from a page the scripts and style sheets that it does not use."""
+    """Remove from a page the scripts and style sheets that it does not use."""
     body = context.get("body") or ""
     scripts = context["script_files"]
     described = []
@@ -128,7 +128,7 @@ def choose(app: Any, pagename: str, templatename: str, context: dict[str, Any], 
 
 
 def finish(app: Any, exception: Exception | None) -> None:
-    """Prune the copy of MathJax, once sphinx_mathjax_offline has made it."""
+    """Prune the copy of MathJax after sphinx_mathjax_offline has made it."""
     folder = Path(app.outdir) / "_static" / "mathjax"
     if exception is None and app.builder.format == "html" and folder.is_dir():
         prune_mathjax(folder)
@@ -136,7 +136,7 @@ def finish(app: Any, exception: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, Any]:
     """Register with Sphinx."""
-    # Sphinx copies static files only when it writes a page, and writes a page only when a setting or its text changes.
+    # Sphinx copies static files only when it writes a page. It writes a page only if a setting or the text changes.
     app.add_config_value("page_assets", fingerprint([STATIC, BOOK / "_static"]), "html")
     app.connect("builder-inited", write_assets)
     app.add_js_file(SCRIPT, defer="defer")

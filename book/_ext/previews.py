@@ -19,7 +19,7 @@ CARD = "preview.png"
 ALT = "Two planes with arrows: the inputs of a layer, and its outputs with and without the rank-one edit."
 LENGTH = 200  # of a description: longer ones are cut off where they are shown
 _ADDRESS = re.compile(r"https?://[^\s\"<>]+")
-_RELATIVE = re.compile(r'\s*<meta property="og:(?:url|image(?::\w+)?)" content="(?!https?://)[^"]*" />')
+_RELATIVE = re.compile(r'\s*<meta property="og:(?:url|image)" content="(?!https?://)[^"]*" />')
 _FORMULA = "\0"
 
 

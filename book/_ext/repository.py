@@ -1,8 +1,8 @@
-"""The buttons that lead to the repository: its address is read when the book is built, never written down.
+"""The buttons that lead to the repository, whose address is found when the book is built.
 
-It is ``ICL_LIB_REPOSITORY`` if that is set, otherwise the checkout's ``origin``. Without an address, or with one that
-no reader could open, there are no buttons: no link leads to a place that does not exist. ``ICL_LIB_BRANCH`` names the
-branch; otherwise it is the default branch of ``origin``, otherwise ``main``.
+The address is ``ICL_LIB_REPOSITORY`` if that is set, otherwise the checkout's ``origin``. Without an address that
+readers can open there are no buttons, so no link leads nowhere. ``ICL_LIB_BRANCH`` names the branch; by default it is
+the default branch of ``origin``, or else ``main``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PATH = re.compile(r"(?:[\w~-][\w.~-]*/)+[\w~-][\w.~-]*", re.ASCII)
 
 
 def page_address(remote: str) -> str | None:
-    """The web page ``https://host/owner/name`` of a git remote, or None if it is not on a host that readers can reach.
+    """The web page ``https://host/owner/name`` of a git remote, or None if readers cannot reach its host.
 
     >>> page_address("git@example.org:owner/name.git")
     'https://example.org/owner/name'
@@ -54,7 +54,7 @@ def page_address(remote: str) -> str | None:
 
 
 def theme_options(address: str | None, branch: str = "main", path_to_book: str = "") -> dict[str, Any]:
-    """The theme's options for a repository: only the buttons that work for its host; none without an address.
+    """The theme's options for a repository, with the buttons that work for its host. None without an address.
 
     >>> theme_options(None)
     {}
@@ -69,18 +69,19 @@ def theme_options(address: str | None, branch: str = "main", path_to_book: str =
         "repository_url": address,
         "repository_branch": branch,
         "path_to_docs": path_to_book,
-        "repository_provider": provider or "github",  # the theme knows three; it only chooses the icon here
+        "repository_provider": provider
+        or "github",  # one of the theme's three; for another host it chooses the icon only
         "use_repository_button": True,
         "use_issues_button": provider in ("github", "gitlab"),
     }
-    # Binder takes other hosts by another form of address, which the theme does not write.
+    # For other hosts Binder needs a form of address that the theme does not write.
     if host in ("github.com", "gitlab.com") and path.count("/") == 1:
         options["launch_buttons"] = {"binderhub_url": BINDER, "notebook_interface": "jupyterlab"}
     return options
 
 
 def git(folder: Path, *arguments: str) -> str | None:
-    """What a git command prints, or None where there is no git, no repository or no answer."""
+    """The output of a git command, or None if there is no git, no repository or no output."""
     try:
         run = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
