@@ -1,4 +1,4 @@
-"""The data of the token-by-token figures, against plain loops; and pictures that say what was measured."""
+"""The data of the token-by-token figures against plain loops, and the texts of the pictures."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_estimate_is_the_mean_and_its_standard_error():
     values[3, 2] = torch.nan
     again = estimate(values)
     np.testing.assert_allclose(again.mean[2], np.delete(values.numpy()[:, 2], 3).mean(), rtol=1e-12)
-    with pytest.raises(ValueError, match="two finite prompts or more"):
+    with pytest.raises(ValueError, match="two finite entries or more"):
         estimate(values[:1])
     with pytest.raises(ValueError, match="norms has 2 tokens: a line from token 2 on needs 3 or more"):
         decay_exponent(torch.rand(5, 2))
@@ -56,6 +56,7 @@ def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
     block = blocks[name]
     reading = read_token_by_token(block, PROMPTS)
     norms, losses, towards, ceilings = np.zeros((6, 9)), np.zeros((6, 10)), np.zeros((6, 9)), np.zeros((6, 9))
+    factors = torch.zeros(2, 6, 9, 128, dtype=torch.float64)  # left factors of steps and gradients
     for k in range(6):
         context, query, target = PROMPTS.context[k], PROMPTS.query[k], PROMPTS.target[k]
         weights = [block.first_linear.weight]
@@ -74,6 +75,7 @@ def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
             here, there = (block.read(context[:0], token) for token in (query, question))
             ceilings[k, i] = abs(here @ there) / here.norm() / there.norm()
             towards[k, i] = -(gradient * step).sum() / gradient.norm() / step.norm()
+            factors[0, k, i], factors[1, k, i] = step @ here, gradient @ here
     np.testing.assert_allclose(reading.norms.mean, norms.mean(0), rtol=1e-10)
     np.testing.assert_allclose(reading.loss.mean, losses.mean(0), rtol=1e-10)
     found = reading.towards_answer
@@ -81,6 +83,14 @@ def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
     assert found.mean.mean == pytest.approx(towards.mean(), rel=1e-8)
     assert found.mean.error == pytest.approx(towards.mean(1).std(ddof=1) / 6**0.5, rel=1e-8)
     assert (found.size, found.positive, found.ceiling) == pytest.approx((abs(towards).mean(), (towards > 0).mean(), 1))
+    steps, slopes = factors / factors.norm(dim=-1, keepdim=True)
+    control = -(steps * slopes[[5, 0, 1, 2, 3, 4]]).sum(-1).numpy()
+    np.testing.assert_allclose(found.other.by_token.mean, control.mean(0), rtol=1e-8, atol=1e-12)
+    assert not np.allclose(control, towards, atol=1e-3)
+    assert found.other.other is None
+    assert reading.towards_example.other.ceiling == reading.towards_example.ceiling
+    pairs = torch.einsum("ad,bd->ab", *2 * [steps.flatten(0, 1)]).square()
+    assert reading.dimensions == pytest.approx(1 / pairs.mean().item(), rel=1e-8)
     assert reading.exact < 1e-12
     assert not np.allclose(reading.towards_example.by_token.mean, found.by_token.mean, rtol=1e-2)
     assert reading.towards_example.size <= reading.towards_example.ceiling == pytest.approx(ceilings.mean(), rel=1e-8)
@@ -93,8 +103,8 @@ def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
         np.testing.assert_allclose(reading.predicted.mean, norms.mean(0), rtol=1e-10)
 
 
-def test_training_moves_what_a_test_of_learning_should_see():
-    """A short training run: the loss after the examples falls, and the steps turn towards the task; GRUs train too."""
+def test_after_training_the_loss_falls_and_the_steps_turn_towards_the_task():
+    """A short training run, with another prompt's gradients as the control; a GRU trains too."""
     settings = TrainingSettings(steps=150, batch=64, examples=20, learning_rate=1e-2)
     prompts = sample_prompts(count=100, examples=20, features=2, seed=2)
     torch.manual_seed(0)
@@ -103,6 +113,8 @@ def test_training_moves_what_a_test_of_learning_should_see():
     after = read_token_by_token(model.contextual_block(), prompts)
     assert after.loss.mean[-1] < 0.5 * before.loss.mean[-1]
     assert after.towards_example.mean.mean > 0.05 > abs(before.towards_example.mean.mean)
+    assert abs(after.towards_example.other.mean.mean) < 0.02
+    assert after.towards_example.other.size > 0.8 * after.towards_example.size, "the size of a cosine says nothing"
     assert isinstance(train(recurrent_block, TrainingSettings(steps=2, examples=5), progress=False), ContextualBlock)
 
 
@@ -113,6 +125,7 @@ def test_compare_with_sgd_and_ranks(blocks):
     np.testing.assert_allclose(still, still[0], rtol=1e-6)  # such steps are too small to see
     assert not np.allclose(moving, still, rtol=1e-3)
     assert abs(compared[0.05].cosine.mean) <= compared[0.05].ceiling.mean < 1
+    assert abs(compared[0.05].other.mean - compared[0.05].cosine.mean) > 1e-3
     ranks = ranks_from_left(blocks["attention"], PROMPTS)
     assert ranks.mean.tolist() == list(range(10))
 
@@ -125,13 +138,15 @@ def test_pictures_say_what_was_measured(blocks):
     assert "predicted" in norms.svg
     assert "predicted" not in plots.increments({"GRU": read_token_by_token(blocks["GRU"], PROMPTS)}, "", "steps").svg
     cosines = {name: one.towards_example for name, one in reading.items()}
-    assert f"second {cosines['second'].mean}; it can be" in plots.step_cosines(cosines, "second", "cosines").alt
+    assert (
+        f"second {cosines['second'].mean}. The upper bound is" in plots.step_cosines(cosines, ["second"], "cosines").alt
+    )
     sgd = compare_with_sgd(blocks["attention"], PROMPTS, [0.05])
     assert f"SGD at rate 0.05: {sgd[0.05].loss.mean[-1]:.2g}" in plots.learning(reading["first"], sgd, "learning").alt
     row = plots.scrubbed(2, np.ones((4, 3)), np.zeros((4, 3)), 0.25, [0.0, 0.5, 1.0], right=0.8, limit=1.0)
-    assert "the answer is 1.000; the right one is 0.800" in row.pictures[1].alt
+    assert "the prediction is 1.000; the target is 0.800" in row.pictures[1].alt
     falling = plots.invented_losses([1.0, 2.0], [0.0, 3.0], "losses")
-    assert "it falls in 50% of 2" in falling.alt
+    assert "it falls in 50% of 2 steps" in falling.alt
 
 
 def test_a_block_with_a_skip_connection_is_followed_exactly():

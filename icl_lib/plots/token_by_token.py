@@ -1,4 +1,4 @@
-"""Pictures of a prompt read token by token: how the weights move, and what the moves are compared with."""
+"""Pictures of a prompt read token by token: the steps of the weights, their losses and their directions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": "smal
 
 
 def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -> Figure:
-    """How far each token moves the weights, on log–log axes, with what the running average predicts drawn on it.
+    """The length of each token's step on log–log axes, with the prediction of the running average.
 
     ``readings`` by the name of the network; ``control`` names the untrained one.
     """
@@ -29,18 +29,18 @@ def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -
         if any(reading.predicted is not None for reading in readings.values()):
             ax.plot([], [], color=INK, linewidth=7, alpha=0.25, label="predicted")
         means = np.concatenate([reading.norms.mean for reading in readings.values()])
-        ax.set(title=title, xscale="log", yscale="log", xlabel="token", ylabel="how far it moves the weights")
-        ax.set_ylim(min(0.1, means.min()) / 1.3, max(2, means.max()) * 1.3)  # a decade at least, or flat looks steep
+        ax.set(title=title, xscale="log", yscale="log", xlabel="token", ylabel="length of its step")
+        ax.set_ylim(min(0.1, means.min()) / 1.3, max(2, means.max()) * 1.3)  # a decade at least
         ax.legend(ncols=1, **BELOW)
-    said = "; ".join(
+    summary = "; ".join(
         f"{name} from {reading.norms.mean[0]:.2g} to {reading.norms.mean[-1]:.2g}, slope {reading.exponent}"
         for name, reading in readings.items()
     )
-    return Figure(fig, f"{title}: norm of each token’s step against the token’s number, on log–log axes. {said}.")
+    return Figure(fig, f"{title}: norm of each token’s step against the token’s number, on log–log axes. {summary}.")
 
 
 def learning(reading: TokenByToken, sgd: Mapping[float, BesideSGD], title: str, ceiling: float | None = None) -> Figure:
-    """Error at the query after each example that is read, and after each example that SGD is trained on (Figure 4)."""
+    """The error at the query after each example, for reading and for SGD (Figure 4 of Dherin et al.)."""
     with figure(width=3.3, height=3.7) as (fig, ax):
         step = np.arange(len(reading.loss.mean))
         for number, (rate, trained) in enumerate(sgd.items(), start=1):
@@ -53,30 +53,33 @@ def learning(reading: TokenByToken, sgd: Mapping[float, BesideSGD], title: str, 
     ends = "; ".join(f"SGD at rate {rate:g}: {trained.loss.mean[-1]:.2g}" for rate, trained in sgd.items())
     return Figure(
         fig,
-        f"{title}: squared error at the query against the number of examples. With the implicit weights it goes from "
+        f"{title}: squared error at the query against the number of examples. With the weights of reading it goes from "
         f"{reading.loss.mean[0]:.2g} to {reading.loss.mean[-1]:.2g}. After all examples, {ends}.",
     )
 
 
-def step_cosines(cosines: Mapping[str, Cosines], control: str, title: str) -> Figure:
-    """The cosine between each token's step and a descent direction, and the most that it can be on average."""
+def step_cosines(cosines: Mapping[str, Cosines], controls: Sequence[str], title: str) -> Figure:
+    """The cosine of each token's step with a descent direction; the controls are drawn in grey."""
     with figure(width=3.3, height=3.4) as (fig, ax):
         for number, (name, cosine) in enumerate(cosines.items()):
             token = np.arange(1, len(cosine.by_token.mean) + 1)
-            _banded(ax, token, cosine.by_token, label=name, **_style(number, name == control))
+            style = _style(number, name in controls)
+            if name in controls[1:]:
+                style["linestyle"] = "-."
+            _banded(ax, token, cosine.by_token, label=name, **style)
         ceiling = next(iter(cosines.values())).ceiling
-        ax.axhline(ceiling, color=COLOURS["green"], linestyle=":", label=f"at most, {next(iter(cosines))}")
+        ax.axhline(ceiling, color=COLOURS["green"], linestyle=":", label=f"upper bound, {next(iter(cosines))}")
         ax.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         ax.set(title=title, xlabel="token", ylabel="cosine", ylim=(-0.25, 1.05))
         ax.legend(ncols=2, **BELOW)
     means = "; ".join(f"{name} {cosine.mean}" for name, cosine in cosines.items())
-    return Figure(fig, f"{title}: cosine at each token. Mean over tokens: {means}; it can be {ceiling:.2f} at most.")
+    return Figure(fig, f"{title}: cosine at each token. Mean over tokens: {means}. The upper bound is {ceiling:.2f}.")
 
 
 def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
-    """The normalised LMS loss of each token, before and after its own step, one picture a network.
+    """The normalised LMS loss of each token before and after its own step, one picture for each network.
 
-    All networks must be running averages; others have no such loss.
+    All contextual layers must be running averages; others have no such loss.
     """
     pictures = []
     for name, reading in readings.items():
@@ -98,19 +101,20 @@ def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
 
 
 def ranks(left: Mapping[str, Estimate], whole: Estimate, control: str, bound: int) -> Figure:
-    """The rank of the edit against tokens eaten: from the left, network by network, and as one edit of the prefix."""
+    """The rank of the edit against removed tokens: from the left, for each network, and for the path $W_i$."""
     with figure(width=4.4, height=3.5) as (fig, ax):
         eaten = np.arange(len(whole.mean))
         for number, (name, rank) in enumerate(left.items()):
             _banded(ax, eaten, rank, label=f"left, {name}", **_style(number, name == control))
-        ax.plot(eaten, np.minimum(eaten, bound), color=INK, linestyle=":", label="one a token, at most")
+        ax.plot(eaten, np.minimum(eaten, bound), color=INK, linestyle=":", label="upper bound")
         _banded(ax, eaten, whole, color=COLOURS["green"], label="$W_i - W$")
-        ax.set(xlabel="tokens eaten", ylabel="rank of the edit", ylim=(0, bound + 1))
+        ax.set(xlabel="tokens removed", ylabel="rank of the edit", ylim=(0, bound + 1))
         ax.legend(ncols=2, **BELOW)
     ends = "; ".join(f"{name} {rank.mean[-1]:.1f}" for name, rank in left.items())
     return Figure(
         fig,
-        f"Rank of the edit against tokens eaten. From the left, after all: {ends}. In one edit: {whole.mean[-1]:.0f}.",
+        f"Rank of the edit against removed tokens. From the left, after all: {ends}. On the path W_i: "
+        f"{whole.mean[-1]:.0f}.",
     )
 
 
@@ -123,16 +127,16 @@ def scrubbed(
     right: float,
     limit: float,
 ) -> Row:
-    """One moment of the reading: the edit so far, the step that this token takes, and the answers up to here.
+    """The state after some tokens: the edit so far, the step of the last token, and the predictions up to here.
 
     Args:
         token: how many tokens have been read.
         update: $W_i - W$, ``[out, in]``.
         step: $W_i - W_{i-1}$, of the same shape.
         rate: $\\alpha_i$, or its mean over heads.
-        predictions: the answer after 0, 1, … tokens, all of them.
-        right: the right answer.
-        limit: where the colours of the two matrices end.
+        predictions: the predictions after 0, 1, … tokens, all of them.
+        right: the target.
+        limit: the largest absolute value on the colour scale of the two matrices.
     """
     with figure(width=3.3, height=3.1, columns=2) as (heat, axes):
         for ax, matrix, title in zip(axes, (update, step), ("$W_i - W$", f"step, α = {rate:.3f}"), strict=True):
@@ -140,11 +144,11 @@ def scrubbed(
             ax.set(title=title, xticks=[], yticks=[])
             ax.grid(visible=False)
             ax.spines[:].set_visible(False)
-        axes[0].set(ylabel="hidden units", xlabel="what is read")
+        axes[0].set(ylabel="hidden units", xlabel="activation")
     with figure(width=3.2, height=3.1) as (answers, ax):
-        ax.axhline(right, color=COLOURS["green"], linestyle=":", label="right answer")
+        ax.axhline(right, color=COLOURS["green"], linestyle=":", label="target")
         ax.plot(range(len(predictions)), predictions, color=COLOURS["blue"], alpha=0.3)
-        ax.plot(range(token + 1), predictions[: token + 1], color=COLOURS["blue"], label="answer with $W_i$")
+        ax.plot(range(token + 1), predictions[: token + 1], color=COLOURS["blue"], label="prediction with $W_i$")
         ax.plot(token, predictions[token], "o", color=COLOURS["blue"], markersize=9)
         ax.set(title=f"after {token} examples", xlabel="examples read")
         ax.legend(fontsize="small")
@@ -156,13 +160,13 @@ def scrubbed(
         ),
         Figure(
             answers,
-            f"After {token} examples the answer is {predictions[token]:.3f}; the right one is {right:.3f}.",
+            f"After {token} examples the prediction is {predictions[token]:.3f}; the target is {right:.3f}.",
         ),
     )
 
 
 def invented_losses(before: Sequence[float], after: Sequence[float], title: str) -> Figure:
-    """Losses that were read off given steps, each before its step and after it."""
+    """Losses constructed from given steps, each before its step and after it."""
     token = np.arange(1, len(before) + 1)
     with figure(width=4.4, height=3.2) as (fig, ax):
         ax.plot(token, before, color=COLOURS["vermillion"], label="before")
@@ -170,7 +174,9 @@ def invented_losses(before: Sequence[float], after: Sequence[float], title: str)
         ax.set(title=title, xlabel="step", ylabel="its loss")
         ax.legend(ncols=2, **BELOW)
     fell = np.mean(np.asarray(after) < np.asarray(before))
-    return Figure(fig, f"{title}: the loss of each step before and after it; it falls in {fell:.0%} of {len(token)}.")
+    return Figure(
+        fig, f"{title}: the loss of each step before and after it; it falls in {fell:.0%} of {len(token)} steps."
+    )
 
 
 def _banded(ax: Axes, x: Any, series: Estimate, **style: Any) -> None:
@@ -182,7 +188,7 @@ def _banded(ax: Axes, x: Any, series: Estimate, **style: Any) -> None:
 
 
 def _colour(number: int) -> str:
-    """The series colours in turn, grey left out: it is for controls."""
+    """The series colours in turn, without grey, which is for controls."""
     colours = [colour for name, colour in COLOURS.items() if name != "grey"]
     return colours[number % len(colours)]
 
