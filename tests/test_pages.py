@@ -1,4 +1,4 @@
-"""Every page of the built book in a real browser, and everything on it that moves."""
+"""Every page of the built book in a real browser, and everything interactive on it."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def playground(visit: Visit, address: str, site: Path) -> Locator:
 
 
 def residual(playground: Locator) -> float:
-    """The number that the playground prints, read as a reader would."""
+    """The residual that the playground prints."""
     text = playground.locator(".icl-residual output").inner_text().replace("−", "-")
     mantissa, _, exponent = text.replace("\n", "").partition("× 10")
     return float(mantissa) * 10.0 ** int(exponent or 0)
 
 
 def state(playground: Locator) -> tuple[str, ...]:
-    """What the two handles and the three lines of numbers say."""
+    """The positions of the two handles, and the three lines of numbers."""
     handles = [handle.get_attribute("aria-valuetext") for handle in playground.locator(".icl-handle").all()]
     return (*handles, *playground.locator(".icl-facts").all_inner_texts())
 
@@ -90,6 +90,9 @@ def test_every_page_is_complete_and_quiet(browser: Browser, address: str, site: 
             if page.locator("mjx-container").count() != page.locator("mjx-container > mjx-assistive-mml").count():
                 problems.append("formulas that a screen reader cannot read")
             page.set_viewport_size(PHONE)
+            unreachable = "(n) => n.filter((node) => node.scrollWidth > node.clientWidth && node.tabIndex < 0).length"
+            if stuck := page.locator(".icl-report").evaluate_all(unreachable):
+                problems.append(f"{stuck} reports that the keyboard cannot scroll on a phone")
             for theme in ("light", "dark"):
                 page.evaluate("(theme) => { document.documentElement.dataset.theme = theme; }", theme)
                 if (width := page.evaluate("document.documentElement.scrollWidth")) > PHONE["width"]:
@@ -163,7 +166,7 @@ def test_playground_follows_a_finger(browser: Browser, address: str, site: Path)
 
 
 def test_playground_shows_what_breaks_without_the_edit(playground: Locator):
-    """The negative control: without ΔW the outputs differ, by a lot."""
+    """The negative control: without ΔW the outputs differ by much more than rounding."""
     switch = playground.get_by_role("switch")
     switch.uncheck()
     assert residual(playground) > 0.1
@@ -196,7 +199,7 @@ def test_playground_presets(playground: Locator):
 
 
 def _drive(page: Page, explore: Locator) -> None:
-    """Move every control by keyboard: each must change the picture, and back again must give it back."""
+    """Move every control by keyboard: each must change the picture, and the opposite key restores it."""
     frame = explore.locator(".icl-frame")
     keys = {"range": ("ArrowRight", "ArrowLeft"), "checkbox": ("Space", "Space"), "radio": ("ArrowRight", "ArrowLeft")}
     for control in explore.locator(".icl-controls :is(select, input:not([type=radio]), input:checked)").all():

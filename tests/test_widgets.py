@@ -1,4 +1,4 @@
-"""Widgets: what a kernel gets, what a page gets, and errors that name the argument."""
+"""Widgets: their form in a kernel and on a page, and errors that name the argument."""
 
 from __future__ import annotations
 

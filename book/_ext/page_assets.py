@@ -105,7 +105,7 @@ def fingerprint(folders: Iterable[Path]) -> str:
 
 
 def renew_source_pages(app: Any) -> list[Any]:
-    """Make sphinx.ext.viewcode write all its pages again: it would keep those of unchanged modules, in the old style."""
+    """Make sphinx.ext.viewcode write all its pages: it keeps those of unchanged modules, with their old styles."""
     shutil.rmtree(Path(app.outdir) / "_modules", ignore_errors=True)
     return []
 
