@@ -6,7 +6,7 @@ fraction of the way towards the value of this token:
 $$r_i^h = r_{i-1}^h + \alpha_i^h\,(v_i^h - r_{i-1}^h), \qquad a_i = \sum_h W_O^h\, r_i^h = A(c_1 \dots c_i, x).$$
 
 For softmax attention the rate $\alpha_i$ is the attention weight of $c_i$ among $c_1 \dots c_i, x$; for a plain average
-it is $1/(i + 1)$. Derived in :func:`icl_lib.symbolic.softmax_recursion`. The recursion holds if a new token changes
+it is $1/(i + 1)$. Derived in :func:`icl_lib.symbolic.running_average`. The recursion holds if a new token changes
 neither the query nor the earlier keys and values; positions counted from the end violate this.
 """
 

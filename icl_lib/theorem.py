@@ -237,9 +237,9 @@ def alignment(first: LowRank, second: LowRank) -> Tensor:
       {\lVert \Delta W\rVert_F \lVert \Delta W'\rVert_F}$$
 
     Source: Innocenti and Achour (arXiv 2512.11255), Figures A.1 and A.2. For two positions of one block it is the
-    cosine of $W(g_i - f)$ and $W(g_j - f)$ (:func:`icl_lib.symbolic.alignment_within`); for two blocks, it is
-    that times the cosine of their $f$ (:func:`icl_lib.symbolic.alignment_across`), and it changes with the numbering of
-    the hidden units (:func:`icl_lib.symbolic.hidden_permutation`).
+    cosine of $W(g_i - f)$ and $W(g_j - f)$. For two blocks it is that times the cosine of their $f$, and it changes
+    with the numbering of the hidden units. Derived in :func:`icl_lib.symbolic.alignment` and
+    :func:`icl_lib.symbolic.hidden_permutation`.
 
     Shapes: both are ``[*batch, out, in]``, and their leading dimensions broadcast:
     ``alignment(u[..., :, None], u[..., None, :])`` is the table of all pairs. The result is NaN for a zero update,

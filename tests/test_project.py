@@ -21,11 +21,12 @@ LAYERS = [
     "experiments.language experiments.__main__ hidden_rule.task hidden_rule.reference hidden_rule.evaluation "
     "hidden_rule.training hidden_rule.checkpoint hidden_rule.__main__ figures plots.one_block plots.cost "
     "plots.every_block plots.token_by_token plots.language widgets.page widgets.playground widgets.explorer",
-    "symbolic.notation symbolic.derivation symbolic.least_norm symbolic.any_size symbolic.solutions "
-    "symbolic.skip_connection symbolic.attention symbolic.normalization symbolic.residual_block "
-    "symbolic.every_position symbolic.stacked symbolic.alignment symbolic.hidden_units symbolic.token_step "
-    "symbolic.sum_of_steps symbolic.eating symbolic.from_left symbolic.recursion symbolic.averaging symbolic.lms "
-    "symbolic.lms_heads",
+    "symbolic.algebra symbolic.notation symbolic.compiled symbolic.derivation symbolic.weight_update "
+    "symbolic.solution_set symbolic.uniqueness symbolic.bias_update symbolic.single_token_attention "
+    "symbolic.position_weight_update symbolic.position_bias_update symbolic.shared_factor symbolic.alignment "
+    "symbolic.hidden_permutation symbolic.any_block symbolic.output_update symbolic.scale_update "
+    "symbolic.turning_update symbolic.joint_weight_update symbolic.expert_updates symbolic.linear_losses "
+    "symbolic.running_average symbolic.normalised_lms symbolic.normalised_lms_heads symbolic.eaten_from_left",
 ]
 
 

@@ -1,82 +1,95 @@
 r"""SymPy derives each statement of the book from what it assumes.
 
-A derivation is not a formula that is typed in and then confirmed. Its assumptions are SymPy objects, its steps are what
-SymPy makes of them, and its result is what comes out. :meth:`Derivation.check` puts the result back into the
-assumptions, :meth:`Derivation.lambdify` makes it a function of arrays, and in a notebook a derivation shows itself.
+A derivation is not a formula that is typed in and then confirmed. Its result is solved for, and every formula that it
+displays is an equation between SymPy expressions: a printer writes it, and :meth:`Derivation.check` proves it, with
+sizes that stay symbols. :meth:`Derivation.lambdify` makes a function of arrays, and in a notebook a derivation shows
+itself.
 
-- :func:`weight_update`: the smallest edit of the weights that has the effect of the context
-- :func:`weight_update_any_size`: the same, with sizes that stay symbols
-- :func:`solution_set`: all edits with that effect
+The identity:
+
+- :func:`weight_update`: the edit of least norm that reproduces the pre-activation with the context
+- :func:`solution_set`: all edits that do so
 - :func:`uniqueness`: why no other is as small
 - :func:`bias_update`: what a skip connection carries past the weights
 - :func:`single_token_attention`: attention over one token
-- :func:`layer_norm`: layer norm, written out
+
+Every position, every block:
+
 - :func:`position_weight_update`, :func:`position_bias_update`: a residual block, at any position of the sequence
 - :func:`shared_factor`: why the updates of all positions add up to rank one
-- :func:`alignment_within`, :func:`alignment_across`: the cosine of two updates, of one block and of two
+- :func:`alignment`: the cosine of two updates, of one block and of two
 - :func:`hidden_permutation`: why the second of these depends on how hidden units are numbered
-- :func:`gradient_step`: what one more token adds to the weights, and the loss of which this is a gradient step
-- :func:`telescoping`: these steps add up to the weight update, for any number of tokens
-- :func:`eating_step`, :func:`eaten_from_left`: the context removed token by token, from the left
-- :func:`softmax_recursion`, :func:`average_recursion`: what a token changes in what attention reads
+
+The blocks of today's language models:
+
+- :func:`any_block`: what a block of any architecture needs
+- :func:`output_update`, :func:`scale_update`, :func:`turning_update`, :func:`expert_updates`: ways to add a vector at
+  the end of a block
+- :func:`joint_weight_update`: one edit for several queries
+
+Token by token:
+
+- :func:`linear_losses`: the step of a token, the loss of which it is a gradient step, and the sum of all steps
+- :func:`running_average`: what a token changes in the output of attention
 - :func:`normalised_lms`, :func:`normalised_lms_heads`: a token of softmax attention is a step of normalised LMS
+- :func:`eaten_from_left`: the context taken into the weights token by token, from the left
 
-$a_0$ (``a_without``) is what the contextual layer yields without the removed part of the context, $a_C$ (``a_with``)
-what it yields with it, and $\delta = a_C - a_0$.
-
-Sources: Dherin, Munn, Mazzawi, Wunder, Gonzalvo, *Learning without training* (arXiv 2507.16003); Innocenti, Achour,
-*A Simple Generalisation of the Implicit Dynamics of In-Context Learning* (arXiv 2512.11255).
+$a_0$ (``a_without``) is the output of the contextual layer without the removed part of the context, $a_C$ (``a_with``)
+its output with it.
 
 >>> from icl_lib.symbolic import weight_update
->>> derivation = weight_update(3, 2)
->>> [step.name for step in derivation.steps][:4]
-['Lagrangian', 'Stationarity', 'Outer product', 'Rank one']
+>>> derivation = weight_update()
+>>> [step.key for step in derivation.steps][:4]
+['lagrangian', 'stationarity', 'outer product', 'constraint']
 >>> derivation.check()
 True
 """
 
-from icl_lib.symbolic.alignment import alignment_across, alignment_within
-from icl_lib.symbolic.any_size import weight_update_any_size
-from icl_lib.symbolic.attention import single_token_attention
-from icl_lib.symbolic.averaging import average_recursion
+from icl_lib.symbolic.alignment import alignment
+from icl_lib.symbolic.any_block import any_block
+from icl_lib.symbolic.bias_update import bias_update
 from icl_lib.symbolic.derivation import Derivation, Step
-from icl_lib.symbolic.eating import eating_step
-from icl_lib.symbolic.every_position import position_bias_update, position_weight_update
-from icl_lib.symbolic.from_left import eaten_from_left
-from icl_lib.symbolic.hidden_units import hidden_permutation
-from icl_lib.symbolic.least_norm import weight_update
-from icl_lib.symbolic.lms import normalised_lms
-from icl_lib.symbolic.lms_heads import normalised_lms_heads
-from icl_lib.symbolic.normalization import layer_norm
-from icl_lib.symbolic.recursion import softmax_recursion
-from icl_lib.symbolic.skip_connection import bias_update
-from icl_lib.symbolic.solutions import solution_set, uniqueness
-from icl_lib.symbolic.stacked import shared_factor
-from icl_lib.symbolic.sum_of_steps import telescoping
-from icl_lib.symbolic.token_step import gradient_step
+from icl_lib.symbolic.eaten_from_left import eaten_from_left
+from icl_lib.symbolic.expert_updates import expert_updates
+from icl_lib.symbolic.hidden_permutation import hidden_permutation
+from icl_lib.symbolic.joint_weight_update import joint_weight_update
+from icl_lib.symbolic.linear_losses import linear_losses
+from icl_lib.symbolic.normalised_lms import normalised_lms
+from icl_lib.symbolic.normalised_lms_heads import normalised_lms_heads
+from icl_lib.symbolic.output_update import output_update
+from icl_lib.symbolic.position_bias_update import position_bias_update
+from icl_lib.symbolic.position_weight_update import position_weight_update
+from icl_lib.symbolic.running_average import running_average
+from icl_lib.symbolic.scale_update import scale_update
+from icl_lib.symbolic.shared_factor import shared_factor
+from icl_lib.symbolic.single_token_attention import single_token_attention
+from icl_lib.symbolic.solution_set import solution_set
+from icl_lib.symbolic.turning_update import turning_update
+from icl_lib.symbolic.uniqueness import uniqueness
+from icl_lib.symbolic.weight_update import weight_update
 
 __all__ = [
     "Derivation",
     "Step",
-    "alignment_across",
-    "alignment_within",
-    "average_recursion",
+    "alignment",
+    "any_block",
     "bias_update",
     "eaten_from_left",
-    "eating_step",
-    "gradient_step",
+    "expert_updates",
     "hidden_permutation",
-    "layer_norm",
+    "joint_weight_update",
+    "linear_losses",
     "normalised_lms",
     "normalised_lms_heads",
+    "output_update",
     "position_bias_update",
     "position_weight_update",
+    "running_average",
+    "scale_update",
     "shared_factor",
     "single_token_attention",
-    "softmax_recursion",
     "solution_set",
-    "telescoping",
+    "turning_update",
     "uniqueness",
     "weight_update",
-    "weight_update_any_size",
 ]

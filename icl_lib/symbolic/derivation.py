@@ -1,30 +1,153 @@
-"""A derivation: what is assumed, the steps SymPy takes, what comes out, and the proof that it is right."""
+"""A derivation: what is assumed, the steps, what comes out, and the proof of every formula that is displayed.
+
+A formula that a reader sees is not typed. It is an object made of SymPy expressions: the printer writes it, and
+:meth:`Derivation.check` proves it.
+
+- :class:`Identity`: both sides are equal, whatever the symbols are, once names are replaced by what they stand for.
+- :class:`Asked`: an equation for an unknown. It is true of the solution that was found, and of nothing else.
+- :class:`Given`: an assumption that the proofs use, from left to right.
+- :class:`Nonzero`, :class:`Minimise`: conditions, printed only; they say where the others hold.
+"""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy as sp
 from sympy.matrices.exceptions import ShapeError
 
-BACKENDS = ("numpy", "torch")
+from icl_lib.symbolic.algebra import Rule, vanishes
+from icl_lib.symbolic.compiled import entry_by_entry, whole_matrices
+from icl_lib.symbolic.notation import LINE, latex, lines, signs, stacked
+
+SHORT = 8
+"""A left side of fewer signs than this stands on the line of the right side, however long that is."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """Expressions that are equal, with an equals sign between each and the next."""
+
+    parts: tuple[Any, ...]
+
+    def __init__(self, *parts: Any) -> None:
+        object.__setattr__(self, "parts", parts)
+
+    @property
+    def rows(self) -> list[str]:
+        """The equation as the printer writes it; a long one is broken before its equals signs."""
+        whole = " = ".join(latex(part) for part in self.parts)
+        if signs(whole) <= LINE:
+            return [whole]
+        rows, *others = (lines(part) for part in self.parts)
+        for first, *rest in others:
+            if signs(rows[-1]) + signs(first) < LINE or signs(rows[-1]) < SHORT:
+                rows[-1] += f" = {first}"
+            else:
+                rows.append(f"{{}} = {first}")
+            rows += rest
+        return rows
+
+    def holds(self, derivation: Derivation) -> bool:
+        """Whether all parts are equal under the names and assumptions of the derivation."""
+        first, *others = (derivation.meaning_of(part, self.values(derivation)) for part in self.parts)
+        return all(vanishes(other - first, derivation.rules) for other in others)
+
+    def values(self, derivation: Derivation) -> Mapping[Any, Any]:
+        """What is known of the symbols when the equation is proved."""
+        raise NotImplementedError
+
+
+class Identity(Equation):
+    """An equation that holds for all values of its symbols; names stand for what they name."""
+
+    def values(self, derivation: Derivation) -> Mapping[Any, Any]:
+        if derivation.entries is None:
+            return derivation.names
+        return {**derivation.names, derivation.unknown: derivation.entries}
+
+
+class Asked(Equation):
+    """An equation that is asked of an unknown: its solution is put in, and then it must hold."""
+
+    def values(self, derivation: Derivation) -> Mapping[Any, Any]:
+        return {**derivation.names, **derivation.solution, **derivation.found}
+
+
+class First(Asked):
+    """Equations for every entry of two matrices, of which the first is displayed and all are proved."""
+
+    @property
+    def rows(self) -> list[str]:
+        return Asked(*(part[0] for part in self.parts)).rows
+
+
+class Given(Equation):
+    """An assumption that the proofs use: where the left side occurs, the right side may take its place."""
+
+    def holds(self, derivation: Derivation) -> bool:
+        return True
+
+    def values(self, derivation: Derivation) -> Mapping[Any, Any]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Nonzero:
+    """A condition: these are not zero."""
+
+    of: tuple[Any, ...]
+
+    def __init__(self, *of: Any) -> None:
+        object.__setattr__(self, "of", of)
+
+    @property
+    def rows(self) -> list[str]:
+        zero = r"\boldsymbol{0}" if getattr(self.of[0], "is_Matrix", False) else "0"
+        symbols = r",\; ".join(map(latex, self.of))
+        return [rf"{symbols} \neq {zero}"]
+
+    def holds(self, derivation: Derivation) -> bool:
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class Minimise:
+    """What is to be as small as possible."""
+
+    objective: Any
+
+    @property
+    def rows(self) -> list[str]:
+        return [rf"\text{{minimise}}\quad {latex(self.objective)}"]
+
+    def holds(self, derivation: Derivation) -> bool:
+        return True
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
-    """One assumption or one step: the SymPy object, how it is written, and why it holds, in one sentence."""
+    """One assumption or one step: how code finds it, its title, why it holds, and the formulas it shows."""
 
-    name: str
-    expression: Any
-    latex: str
+    key: str
+    title: str
     why: str
+    shows: tuple[Any, ...]
+
+    def __init__(self, key: str, title: str, why: str, *formulas: Any, shows: tuple[Any, ...] = ()) -> None:
+        for name, value in (("key", key), ("title", title), ("why", why), ("shows", formulas or shows)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def latex(self) -> str:
+        """The formulas of the step, one below the other."""
+        return stacked(row for shown in self.shows for row in shown.rows)
 
     def markdown(self, number: int | None = None) -> str:
-        """Return the step as a bold name, the sentence and the formula."""
-        heading = self.name if number is None else f"{number}. {self.name}"
+        """Return the step as a bold title, the sentence and the formulas."""
+        heading = self.title if number is None else f"{number}. {self.title}"
         return f"**{heading}.** {self.why}\n\n$$\n{self.latex}\n$$\n"
 
 
@@ -33,21 +156,26 @@ class Derivation:
     r"""A statement, derived.
 
     Attributes:
-        name: the name of the statement: the function of the library that computes it bears the same one.
-        source: the paper and the number it has there.
+        name: the name of the statement, which its file, its function in the library, its test and its label in the book
+            bear as well.
+        source: the paper, its version and the number that the statement has there.
         assumptions: what the statement rests on.
-        steps: what SymPy did with the assumptions, in order.
-        result: what came out, a SymPy object.
-        latex: the result as one writes it.
-        arguments: the symbols in the result, by the name of the argument that gives their values.
+        steps: what follows from the assumptions, in order.
+        unknown: the symbol that is derived.
+        result: what came out for it, a SymPy expression in the symbols of the arguments.
+        statement: the result as the book displays it.
+        arguments: the symbols in the result, by the name of the argument that gives their values. A tuple of symbols
+            takes an array with one more dimension in front.
         shapes: the dimensions of the array for each argument, and of the one that is returned, by name.
-        must_vanish: takes a candidate for the result to expressions, by name, that are all zero if and only if the
-            candidate is what the assumptions ask for.
+        names: symbols that stand for an expression.
+        solution: the other unknowns of the assumptions, with what was found for them.
+        entries: the symbols of the entries of the unknown, where it is derived entry by entry.
+        beyond: takes a candidate for the result to further equations that must hold of it and are not displayed.
 
     >>> from icl_lib.symbolic import bias_update
-    >>> derivation = bias_update(2, 2)
-    >>> [step.name for step in derivation.steps]
-    ['What g reads', 'What is left', 'Bias update']
+    >>> derivation = bias_update()
+    >>> [step.key for step in derivation.steps]
+    ['reads', 'left over', 'solve']
     >>> derivation.check()
     True
     """
@@ -56,28 +184,66 @@ class Derivation:
     source: str
     assumptions: tuple[Step, ...]
     steps: tuple[Step, ...]
+    unknown: Any
     result: Any
-    latex: str
+    statement: Equation
     arguments: Mapping[str, Any]
     shapes: Mapping[str, str]
-    must_vanish: Callable[[Any], Mapping[str, Any]]
+    names: Mapping[Any, Any] = field(default_factory=dict)
+    solution: Mapping[Any, Any] = field(default_factory=dict)
+    entries: sp.MatrixBase | None = None
+    beyond: Callable[[Any], tuple[Equation, ...]] = lambda candidate: ()
 
-    def step(self, name: str) -> Step:
-        """Return the assumption or step of this name; raise `ValueError` if there is none."""
-        named = {step.name: step for step in (*self.assumptions, *self.steps)}
-        if name not in named:
-            raise ValueError(f"name={name!r} is no step of {self.name}: choose from {', '.join(named)}")
-        return named[name]
+    def step(self, key: str) -> Step:
+        """Return the assumption or step with this key; raise `ValueError` if there is none."""
+        found = {step.key: step for step in (*self.assumptions, *self.steps)}
+        if key not in found:
+            raise ValueError(f"key is {key!r}, but {self.name} has no such step: choose from {', '.join(found)}.")
+        return found[key]
+
+    @property
+    def found(self) -> dict[Any, Any]:
+        """The unknown, and its entries if it has been derived by them, with the result in their place."""
+        by_entry = {} if self.entries is None else dict(zip(self.entries, self.result, strict=True))
+        return {self.unknown: self.result, **by_entry}
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The assumptions that proofs use, as rules."""
+        given = [shown for step in self.assumptions for shown in step.shows if isinstance(shown, Given)]
+        return tuple(Rule(*equation.parts) for equation in given)
+
+    def meaning_of(self, expression: Any, values: Mapping[Any, Any]) -> Any:
+        """Put what symbols stand for in their place, until none is left."""
+        for _ in range(20):
+            found = {symbol: value for symbol, value in values.items() if expression.has(symbol)}
+            if not found:
+                return expression if self.entries is None else _entries_of(expression.doit())
+            expression = expression.xreplace(found)
+        raise ArithmeticError(f"the names of {self.name} stand for each other")
+
+    def displayed(self) -> Iterator[tuple[str, Any]]:
+        """Yield every formula that is displayed, with the key of its step."""
+        for step in (*self.assumptions, *self.steps):
+            yield from ((step.key, shown) for shown in step.shows)
+        yield "statement", self.statement
+
+    def faults(self) -> list[str]:
+        """Return the keys of the steps with a formula that cannot be proved, 'result' if the result is not one.
+
+        The formulas are proved, not sampled. A result of another shape does not fit the assumptions, and fails as well.
+        """
+        further = (("result", equation) for equation in self.beyond(self.result))
+        return [key for key, shown in (*self.displayed(), *further) if not self._holds(shown)]
 
     def check(self) -> bool:
-        """Put the result back into the assumptions: is everything that must vanish zero, identically?
+        """Prove every formula that is displayed, with the result in the place of the unknown."""
+        return not self.faults()
 
-        The answer is a proof, not a sample: the residuals are expanded symbolically. A result of another shape does
-        not fit the assumptions, so it fails as well.
-        """
+    def _holds(self, shown: Any) -> bool:
         try:
-            return all(vanishes(residual) for residual in self.must_vanish(self.result).values())
-        except ShapeError:
+            return shown.holds(self)
+        except (ShapeError, ValueError, TypeError, ArithmeticError):
             return False
 
     def lambdify(self, backend: str = "numpy") -> Callable[..., Any]:
@@ -91,16 +257,14 @@ class Derivation:
 
         >>> import numpy as np
         >>> from icl_lib.symbolic import weight_update
-        >>> f = weight_update(2, 2).lambdify()
+        >>> f = weight_update().lambdify()
         >>> f(np.eye(2), np.array([1.0, 1.0]), np.array([3.0, 1.0]))
         array([[1., 1.],
                [0., 0.]])
         """
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r} is unknown: use 'numpy' or 'torch'")
-        module = importlib.import_module(backend)
-        compute = _whole_matrices(self, module) if is_whole(self.result) else _entry_by_entry(self, module)
         signature = ", ".join(f"{name} [{self.shapes[name]}]" for name in self.arguments)
+        compile_result = whole_matrices if self.entries is None else entry_by_entry
+        compute = compile_result(self.result, self.arguments, self.shapes, backend)
 
         def function(*arrays: Any) -> Any:
             if len(arrays) != len(self.arguments):
@@ -113,94 +277,37 @@ class Derivation:
 
     def _repr_markdown_(self) -> str:
         """Return the derivation as Markdown, for a notebook or a page."""
-        parts = [f"*{self.source}*\n", "**We assume**\n"]
+        parts = [f"*{self.source}*\n", "**Assumptions**\n"]
         parts += [assumption.markdown() for assumption in self.assumptions]
-        parts += ["**SymPy derives**\n"]
+        parts += ["**Derivation**\n"]
         parts += [step.markdown(number) for number, step in enumerate(self.steps, start=1)]
-        parts += [f"**Result**\n\n$$\n{self.latex}\n$$\n"]
+        parts += [f"**Result**\n\n$$\n{stacked(self.statement.rows)}\n$$\n"]
         return "\n".join(parts)
 
 
-def vanishes(expression: Any) -> bool:
-    """Is this scalar or matrix identically zero?
-
-    For entries that are rational functions (of symbols, exponentials, applied functions …) this decides: such a
-    function is zero exactly when its expanded numerator is. Expressions of whole matrices are multiplied out.
-
-    >>> a, b = sp.symbols("a b")
-    >>> vanishes((a + b) ** 2 - a**2 - 2 * a * b - b**2), vanishes(a / b - b / a)
-    (True, False)
-    """
-    if is_whole(expression):
-        return bool(expanded(expression).is_ZeroMatrix)
-    entries = list(expression) if isinstance(expression, sp.MatrixBase) else [expression]
-    return all(sp.expand(sp.fraction(sp.together(entry))[0]) == 0 for entry in entries)
+def _entries_of(expression: Any) -> Any:
+    return expression.as_explicit() if isinstance(expression, sp.MatrixExpr) else expression
 
 
-def is_whole(expression: Any) -> bool:
-    """Is this an expression of whole matrices, such as $W X$, rather than a matrix of entries?"""
-    return isinstance(expression, sp.MatrixExpr) and not isinstance(expression, sp.MatrixBase)
-
-
-def expanded(expression: sp.MatrixExpr) -> sp.MatrixExpr:
-    """Multiply out an expression of whole matrices."""
-    return expression.doit().expand().doit()
-
-
-def rewritten(derived: Any, simpler: Any) -> Any:
-    """Return `simpler`, once SymPy has proved it equal to what was derived.
+def rewritten(derived: Any, simpler: Any, rules: tuple[Rule, ...] = ()) -> Any:
+    """Return `simpler`, once it is proved equal to what was derived.
 
     Solvers return correct but shapeless formulas. This is the only way in which a derivation tidies one up: if the two
     differ, it raises `ArithmeticError`.
     """
-    if not vanishes(derived - simpler):
+    if not vanishes(derived - simpler, rules):
         raise ArithmeticError(f"{derived} was derived, and {simpler} is something else")
     return simpler
 
 
-def _entry_by_entry(derivation: Derivation, module: Any) -> Callable[..., Any]:
-    """Compile entries of a fixed size: arithmetic on numbers only, whatever the backend."""
-    shapes = {name: _array_shape(derivation, name, symbols) for name, symbols in derivation.arguments.items()}
-    symbols = [symbol for argument in derivation.arguments.values() for symbol in argument]
-    result = derivation.result if derivation.shapes["return"] else sp.ImmutableMatrix([derivation.result])
-    shape = _array_shape(derivation, "return", result)
-    entries = sp.lambdify(symbols, list(result), modules=module.__name__, cse=True)
+def total(sign: str, term: Any, instances: tuple[Mapping[Any, Any], ...]) -> tuple[Any, Any]:
+    r"""Return the symbol of a sum, printed from its term, and what it stands for: the terms of a few instances, added.
 
-    def compute(*arrays: Any) -> Any:
-        for (name, expected), array in zip(shapes.items(), arrays, strict=True):
-            if tuple(array.shape) != expected:
-                raise ValueError(
-                    f"{name} has shape {tuple(array.shape)}: give [{derivation.shapes[name]}] = {expected}, "
-                    "or derive the statement for other sizes"
-                )
-        numbers = [number for array in arrays for number in array.reshape(-1)]
-        return module.stack(entries(*numbers)).reshape(shape)
-
-    return compute
-
-
-def _whole_matrices(derivation: Derivation, module: Any) -> Callable[..., Any]:
-    """Compile an expression of matrices whose sizes are symbols: any sizes when it is called."""
-    symbols = {
-        symbol: sp.MatrixSymbol(name, *symbol.shape) if derivation.shapes[name] else sp.Symbol(name)
-        for name, symbol in derivation.arguments.items()
-    }
-    # SymPy has no name for a trace in NumPy.
-    modules = [{"Trace": module.trace}, module.__name__]
-    product = sp.lambdify(list(symbols.values()), derivation.result.xreplace(symbols), modules=modules)
-    vectors = [len(derivation.shapes[name].split()) == 1 for name in derivation.arguments]
-    returns_vector = len(derivation.shapes["return"].split()) == 1
-
-    def compute(*arrays: Any) -> Any:
-        columns = (
-            array.reshape(-1, 1) if is_vector else array for array, is_vector in zip(arrays, vectors, strict=True)
-        )
-        computed = product(*columns)
-        return computed.reshape(-1) if returns_vector else computed
-
-    return compute
-
-
-def _array_shape(derivation: Derivation, name: str, matrix: sp.MatrixBase) -> tuple[int, ...]:
-    """Return the shape of the array for a matrix, a column or a number."""
-    return matrix.shape[: len(derivation.shapes[name].split())]
+    The sign, such as ``\sum_h``, is typed; the term is printed, and the instances decide what is proved.
+    """
+    terms = [term.xreplace(dict(instance)) for instance in instances]
+    printed = latex(term)
+    name = rf"{sign} {f'({printed})' if isinstance(term, sp.MatAdd | sp.Add) else printed}"
+    if not getattr(term, "is_Matrix", False):
+        return sp.Symbol(name, real=True), sp.Add(*terms)
+    return sp.MatrixSymbol(name, *term.shape), sp.MatAdd(*terms)

@@ -1,0 +1,192 @@
+r"""The step that each token makes, and the linear loss of which it is a gradient step."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import sympy as sp
+
+from icl_lib.symbolic.algebra import gradient, solved
+from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step, rewritten, total
+from icl_lib.symbolic.notation import dot, latex, matrix, number, squared_norm, vector
+from icl_lib.symbolic.weight_update import weight_update
+
+SOURCE = "Dherin et al. 2025 (arXiv 2507.16003), version 1, Proposition 3.1"
+TOKENS = 3
+"""The sum of the steps is proved for three tokens; the induction step covers any number."""
+
+
+class Tokens:
+    """What is read, and the weights, before and after token i."""
+
+    def __init__(self) -> None:
+        least = weight_update()
+        self.W, self.a_0, self.a_C = least.arguments.values()
+        self.formula = least.result
+        self.nonzero = least.step("nonzero")
+        self.before, self.now = vector("a", index="i-1"), vector("a", index="i")
+        self.W_before, self.W_now = matrix("W_{i-1}"), matrix("W_i")
+        self.weights = {self.W_before: self.weights_for(self.before), self.W_now: self.weights_for(self.now)}
+
+    def weights_for(self, read: sp.MatrixExpr) -> sp.MatrixExpr:
+        """Return the edited weights that belong to what is read."""
+        return self.W + self.formula.xreplace({self.a_C: read})
+
+    def assumption(self) -> Step:
+        """Return what the weights are."""
+        return Step(
+            "weights",
+            "Weights after some tokens",
+            f"With the first $i$ tokens as the context the layer reads ${latex(self.now)}$. The edited weights $W_i$ "
+            f"have the update that belongs to it (`weight_update`).",
+            Identity(self.W_now, self.W + self.W * (self.now - self.a_0) * self.a_0.T / squared_norm(self.a_0)),
+        )
+
+
+@cache
+def linear_losses() -> Derivation:
+    r"""Derive the step of token $i$, and a loss that makes it a step of gradient descent.
+
+    $$W_i - W_{i-1} = \frac{W (a_i - a_{i-1})\, a_0^\top}{\|a_0\|^2} = -\eta\, \nabla L_i(W_{i-1}), \qquad
+    L_i(U) = \operatorname{tr}(\Delta_i^\top U), \quad \eta = \frac{1}{\|a_0\|^2}, \quad
+    \Delta_i = W (a_{i-1} - a_i)\, a_0^\top$$
+
+    $a_i = A(c_1 \dots c_i, x)$ is read after $i$ tokens, and $W_i = W + \Delta W(c_1 \dots c_i)$. The loss is not
+    guessed: a linear loss with unknown coefficients is asked for, and SymPy solves for them. The last steps say what
+    that is worth: the same question has an answer for any two matrices, and a linear loss has no minimum.
+
+    Source: Dherin et al. (arXiv 2507.16003), version 1, Proposition 3.1 ($h$ for $\eta$); that any sequence of matrices
+    has such losses: this book.
+
+    Shapes: the result, the step $W_i - W_{i-1}$, is a function of ``W`` ``[out, in]``, ``a_without`` ``[in]``,
+    ``a_before`` ``[in]``, which is $a_{i-1}$, and ``a_now`` ``[in]``, which is $a_i$.
+
+    >>> import numpy as np
+    >>> derivation = linear_losses()
+    >>> derivation.check()
+    True
+    >>> derivation.lambdify()(np.eye(2), np.array([1.0, 1.0]), np.array([3.0, 1.0]), np.array([5.0, 0.0]))
+    array([[ 1. ,  1. ],
+           [-0.5, -0.5]])
+    """
+    tokens = Tokens()
+    W, a_0, before, now = tokens.W, tokens.a_0, tokens.before, tokens.now
+    W_before, W_now = tokens.W_before, tokens.W_now
+    U, G, Delta, rate = matrix("U"), matrix("G"), matrix(r"\Delta_i"), sp.Symbol(r"\eta", positive=True)
+    any_loss, loss, slope = number("L(U)"), number("L_i(U)"), matrix(r"\nabla L")
+    t, lower = number("t"), number(r"L_i(U - t \Delta_i)")
+
+    step = rewritten(tokens.weights[W_now] - tokens.weights[W_before], W * (now - before) * a_0.T / squared_norm(a_0))
+    own_gradient = gradient(dot(G, U), U)
+    coefficients = rewritten(solved(step + rate * own_gradient, G), -step / rate)
+    found = rewritten(coefficients.xreplace({rate: 1 / squared_norm(a_0)}), W * (before - now) * a_0.T)
+
+    M_before, M_now = matrix("M_{i-1}"), matrix("M_i")
+    of_any = rewritten(solved(M_now - M_before + rate * own_gradient, G), (M_before - M_now) / rate)
+    any_slope = matrix("G'")
+
+    reads = (a_0, *(vector("a", index=str(k)) for k in range(1, TOKENS + 1)))
+    instances = tuple(
+        {W_now: tokens.weights_for(reads[k]), W_before: tokens.weights_for(reads[k - 1])} for k in range(1, TOKENS + 1)
+    )
+    # The updates of no token, of i - 1 and of i tokens.
+    updates = [matrix(rf"\Delta W({of})") for of in (r"\varnothing", r"c_1 \dots c_{i-1}", r"c_1 \dots c_i")]
+    difference = matrix("(W_i - W_{i-1})")
+    steps, added = total(r"\sum_{i=1}^{n}", W_now - W_before, instances)
+    last = vector("a", index="n")
+
+    return Derivation(
+        name="linear_losses",
+        source=SOURCE,
+        assumptions=(tokens.assumption(), tokens.nonzero),
+        steps=(
+            Step(
+                "step",
+                "The step of token $i$",
+                f"We subtract. The right factor is ${latex(a_0)}$ for every token.",
+                Identity(W_now - W_before, step),
+            ),
+            Step(
+                "unknown loss",
+                "A linear loss with unknown coefficients",
+                "Its gradient is the matrix of its coefficients, wherever it is taken.",
+                Identity(any_loss, dot(G, U)),
+                Identity(slope, G),
+            ),
+            Step(
+                "coefficients",
+                "Its coefficients",
+                "We ask that the step be a gradient step at some rate $\\eta$, and solve for the coefficients. Every "
+                "rate has its loss.",
+                Asked(W_now, W_before - rate * G),
+                Asked(G, coefficients),
+            ),
+            Step(
+                "rate",
+                "A rate",
+                "With this rate the denominator cancels. This is the loss of the proposition, and $\\Delta_i$ is its "
+                "gradient.",
+                Asked(rate, 1 / squared_norm(a_0)),
+                Asked(G, Delta),
+                Identity(Delta, found),
+            ),
+            Step(
+                "descent",
+                "Gradient descent",
+                "So every token makes a step of gradient descent on a loss of its own.",
+                Identity(W_now, W_before - Delta / squared_norm(a_0)),
+                Identity(loss, dot(Delta, U)),
+            ),
+            Step(
+                "any two matrices",
+                "Any two matrices",
+                "The loss was read off the step. The same equation can be solved for any two matrices, so any sequence "
+                "of matrices is gradient descent on such losses.",
+                Identity(M_now, M_before - rate * any_slope),
+                Identity(any_slope, of_any),
+            ),
+            Step(
+                "no minimum",
+                "No minimum",
+                "Unless its gradient is zero, the loss falls without bound along it, as any linear function does.",
+                Identity(lower, loss - t * squared_norm(Delta)),
+            ),
+            Step(
+                "induction",
+                "One token more",
+                "Without tokens the update is zero. The update of the first $i$ tokens is that of the first $i - 1$ "
+                "plus the step of token $i$.",
+                Identity(updates[0], sp.ZeroMatrix(*W.shape)),
+                Identity(updates[2], updates[1] + difference),
+            ),
+            Step(
+                "sum",
+                "All tokens",
+                "By induction, the steps of all tokens add up to the update of the whole context.",
+                Identity(steps, W * (last - a_0) * a_0.T / squared_norm(a_0)),
+            ),
+        ),
+        unknown=matrix("W_i - W_{i-1}"),
+        result=step,
+        statement=Asked(matrix("W_i - W_{i-1}"), -Delta / squared_norm(a_0), step),
+        arguments={"W": W, "a_without": a_0, "a_before": before, "a_now": now},
+        shapes={"W": "out in", "a_without": "in", "a_before": "in", "a_now": "in", "return": "out in"},
+        names={
+            **tokens.weights,
+            any_loss: dot(G, U),
+            slope: own_gradient,
+            Delta: found,
+            loss: dot(found, U),
+            lower: dot(found, U - t * found),
+            any_slope: of_any,
+            steps: added,
+            last: reads[-1],
+            difference: W_now - W_before,
+            **{
+                name: tokens.formula.xreplace({tokens.a_C: read})
+                for name, read in zip(updates, (a_0, before, now), strict=True)
+            },
+        },
+        solution={G: coefficients, rate: 1 / squared_norm(a_0)},
+        beyond=lambda candidate: (Identity(W_before + candidate, W_now),),
+    )

@@ -1,0 +1,123 @@
+r"""Attention outputs an average, so one more token moves it a part of the way to the token's own value."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import sympy as sp
+
+from icl_lib.symbolic.derivation import Derivation, Identity, Nonzero, Step, rewritten
+from icl_lib.symbolic.notation import WIDTH, latex, number, vector
+
+RATE = sp.Symbol(r"\alpha_i", positive=True)
+BEFORE, NOW, VALUE = vector("a", WIDTH, "i-1"), vector("a", WIDTH, "i"), vector("v", WIDTH, "i")
+
+
+@cache
+def running_average() -> Derivation:
+    r"""Derive how an attention head goes from $i - 1$ tokens to $i$: towards the new value, by its attention weight.
+
+    $$a_i = a_{i-1} + \alpha_i\, (v_i - a_{i-1}), \qquad \alpha_i = \frac{e^{s_i}}{\sum_{j=0}^{i} e^{s_j}}$$
+
+    This is one head: $a_i$ is the average of the values $v_j = W_O W_V t_j$ of the query, which is token 0, and of the
+    first $i$ tokens of the context. A new token must leave the scores $s_j$ and the values of the others as they were.
+    That fails if it shifts their positions, and in later blocks, where the query's stream changes with each token.
+
+    Linear attention that is divided by the number of tokens is the same with $s_i v_i$ for the value and
+    $\alpha_i = 1/(i + 1)$. Mean pooling has $s_i = 1$.
+
+    Source: this book; softmax attention: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; the recursion is that of
+    the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
+
+    Shapes: the result, $a_i$, is a function of ``alpha`` ``[]``, which is $\alpha_i$, ``a_before`` ``[dim]`` and ``v``
+    ``[dim]``, of any size.
+
+    >>> import numpy as np
+    >>> derivation = running_average()
+    >>> derivation.check()
+    True
+    >>> derivation.lambdify()(np.array(0.25), np.array([4.0, 0.0]), np.array([0.0, 8.0]))
+    array([3., 2.])
+    """
+    score, count = number("s_i"), sp.Symbol("i", positive=True)
+    total = sp.Symbol(r"Z_{i-1}", positive=True)
+    total_now, other, other_before = (
+        sp.Symbol(name, positive=True) for name in ("Z_i", r"\alpha_j^{(i)}", r"\alpha_j^{(i-1)}")
+    )
+    weighted, weighted_now = vector("n", WIDTH, "i-1"), vector("n", WIDTH, "i")
+    other_score = number("s_j")
+    names = {
+        total_now: total + sp.exp(score),
+        weighted_now: weighted + sp.exp(score) * VALUE,
+        BEFORE: weighted / total,
+        NOW: weighted_now / total_now,
+        RATE: sp.exp(score) / total_now,
+        other: sp.exp(other_score) / total_now,
+        other_before: sp.exp(other_score) / total,
+    }
+    result = BEFORE + RATE * (VALUE - BEFORE)
+    plain, plain_now = vector("m", WIDTH, "i-1"), vector("m", WIDTH, "i")
+    mean_names = {plain_now: (count * plain + score * VALUE) / (count + 1)}
+    rewritten(mean_names[plain_now], result.xreplace({BEFORE: plain, VALUE: score * VALUE, RATE: 1 / (count + 1)}))
+    same = number("s")
+    equal_scores = sp.exp(same) / (count * sp.exp(same) + sp.exp(same))
+
+    return Derivation(
+        name="running_average",
+        source="This book; the online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867)",
+        assumptions=(
+            Step(
+                "sums",
+                "Two sums",
+                f"$Z_i$ adds up $e^{{s_j}}$ and ${latex(weighted_now)}$ adds up $e^{{s_j}} \\boldsymbol{{v}}_j$ over "
+                "the query, which is token 0, and the first $i$ tokens. A new token adds one term to each and "
+                "changes no other.",
+                Identity(total_now, names[total_now]),
+                Identity(weighted_now, names[weighted_now]),
+            ),
+            Step(
+                "average",
+                "Softmax attention",
+                "The output of the head is the average of the values with the attention weights.",
+                Identity(NOW, names[NOW]),
+                Identity(RATE, names[RATE]),
+            ),
+            Step("nonzero", "Something to average", "There is at least the query.", Nonzero(total)),
+        ),
+        steps=(
+            Step(
+                "others",
+                "The others lose",
+                "The attention weight of every other token is multiplied by $1 - \\alpha_i$.",
+                Identity(other, (1 - RATE) * other_before),
+            ),
+            Step(
+                "recursion",
+                "Recursion",
+                "So the old average is multiplied by it as well, and the new value is added with its own weight.",
+                Identity(NOW, (1 - RATE) * BEFORE + RATE * VALUE),
+                Identity(NOW, result),
+            ),
+            Step(
+                "equal scores",
+                "Equal scores",
+                "If all scores are equal, the rate is that of a plain mean of $i + 1$ things. Then $Z_{i-1}$ is "
+                "$i\\, e^s$.",
+                Identity(equal_scores, 1 / (count + 1)),
+            ),
+            Step(
+                "plain mean",
+                "Linear attention and mean pooling",
+                "A mean of $s_j \\boldsymbol{v}_j$ has this rate whatever the scores are. They decide where to go, and "
+                "not how far.",
+                Identity(plain_now, plain + (score * VALUE - plain) / (count + 1)),
+            ),
+        ),
+        unknown=NOW,
+        result=result,
+        statement=Identity(NOW, result),
+        arguments={"alpha": RATE, "a_before": BEFORE, "v": VALUE},
+        shapes={"alpha": "", "a_before": "dim", "v": "dim", "return": "dim"},
+        names={**names, **mean_names},
+        beyond=lambda candidate: (Identity(candidate, NOW),),
+    )

@@ -1,0 +1,113 @@
+r"""The edits of what a norm reads and of its scale, for a norm that must output a given vector."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import sympy as sp
+
+from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Nonzero, Step, rewritten
+from icl_lib.symbolic.notation import WIDTH, latex, squared_norm, vector
+
+
+@cache
+def turning_update() -> Derivation:
+    r"""Derive how to turn what an RMS norm reads, and stretch its scale, so that it outputs a given vector.
+
+    $$o' = \frac{\|o\|}{\|t \oslash \gamma\|}\, (t \oslash \gamma), \qquad
+    \gamma' = \kappa\, \gamma, \qquad \kappa = \frac{\|t \oslash \gamma\|}{\|\bar o\|}$$
+
+    An RMS norm outputs $\gamma \odot \bar o$ with $\bar o = o / \rho$, where $\rho$ depends on the length of $o$ alone.
+    So $\bar o$ has a given length, and no $o$ makes the norm output an arbitrary vector $t$. The edit gives $o$ the
+    direction of $t \oslash \gamma$ and keeps its length, and the stretch factor $\kappa$ of the scale makes up for the
+    length of the output.
+
+    Source: this book. The stable variant of Goldwaser et al. (arXiv 2511.17864) keeps the length as well, and lets the
+    scale alone take what remains.
+
+    Shapes: the result, $o'$ ``[dim]``, is a function of ``wanted`` $t$ ``[dim]``, ``read`` $o$ ``[dim]`` and ``scale``
+    $\gamma$ ``[dim]``, which has no zero entry.
+
+    >>> import numpy as np
+    >>> derivation = turning_update()
+    >>> derivation.check()
+    True
+    >>> derivation.lambdify()(np.array([3.0, 4.0]), np.array([2.0, 0.0]), np.ones(2))
+    array([1.2, 1.6])
+    """
+    wanted, read, scale = vector("t", WIDTH), vector("o", WIDTH), vector(r"\gamma", WIDTH)
+    normed, new = sp.MatrixSymbol(r"\bar{\boldsymbol{o}}", WIDTH, 1), sp.MatrixSymbol(r"\boldsymbol{o}'", WIDTH, 1)
+    divisor, stretch = (sp.Symbol(name, positive=True) for name in (r"\rho", r"\kappa"))
+    diagonal = sp.DiagMatrix(scale)
+    unscaled = vector(r"\tau", WIDTH)
+    names = {normed: read / divisor, unscaled: sp.Inverse(diagonal) * wanted}
+
+    # κ from the length: ‖τ/κ‖ = ‖ō‖. Then o' = ρτ/κ.
+    [squared] = sp.solve(sp.Symbol("T") / sp.Symbol("K") - sp.Symbol("O"), sp.Symbol("K"))
+    lengths = {sp.Symbol("T"): squared_norm(unscaled), sp.Symbol("O"): squared_norm(normed)}
+    found = sp.sqrt(squared_norm(unscaled)) / sp.sqrt(squared_norm(normed))
+    rewritten(squared.xreplace(lengths), found**2)
+    turned = sp.sqrt(squared_norm(read)) / sp.sqrt(squared_norm(unscaled)) * unscaled
+
+    return Derivation(
+        name="turning_update",
+        source="This book",
+        assumptions=(
+            Step(
+                "norm",
+                "The norm",
+                f"It divides ${latex(read)}$ by a number $\\rho$ that depends only on the length of ${latex(read)}$, "
+                "then scales entry by entry.",
+                Identity(normed, read / divisor),
+            ),
+            Step(
+                "effect",
+                "Given output",
+                f"With a scale that is stretched by a factor $\\kappa$, and ${latex(new)}$ in the place of "
+                f"${latex(read)}$, the norm outputs ${latex(wanted)}$.",
+                Asked(stretch * diagonal * new / divisor, wanted),
+            ),
+            Step(
+                "length",
+                "Same length",
+                f"Then $\\rho$ is the same for ${latex(new)}$.",
+                Asked(squared_norm(new), squared_norm(read)),
+            ),
+            Step(
+                "nonzero",
+                "Nonzero vectors",
+                f"No entry of ${latex(scale)}$ is zero.",
+                Nonzero(wanted, read),
+                Nonzero(sp.Symbol(r"\gamma_j", real=True)),
+            ),
+        ),
+        steps=(
+            Step(
+                "direction",
+                "Direction",
+                f"We write ${latex(unscaled)}$ for ${latex(wanted)}$ divided by ${latex(scale)}$ entry by entry.",
+                Identity(unscaled, names[unscaled]),
+                Asked(new, divisor / stretch * unscaled),
+            ),
+            Step(
+                "stretch",
+                "Stretch factor",
+                "The lengths determine it.",
+                Asked(stretch**2, squared_norm(unscaled) / squared_norm(normed)),
+                Asked(stretch, found),
+            ),
+            Step(
+                "formula",
+                "What the norm reads",
+                "It has the old length and the new direction.",
+                Asked(new, turned),
+            ),
+        ),
+        unknown=new,
+        result=turned.xreplace(names),
+        statement=Asked(new, turned),
+        arguments={"wanted": wanted, "read": read, "scale": scale},
+        shapes={"wanted": "dim", "read": "dim", "scale": "dim", "return": "dim"},
+        names=names,
+        solution={stretch: found},
+    )
