@@ -14,6 +14,7 @@ from icl_lib.experiments import (
     ranks_from_left,
     read_token_by_token,
     recurrent_block,
+    token_by_token,
 )
 from icl_lib.regression import TrainingSettings, sample_prompts, train
 
@@ -52,7 +53,8 @@ def test_decay_exponent_against_polyfit():
 
 
 @pytest.mark.parametrize("name", ["attention", "GRU"])
-def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name):
+def test_a_reading_against_edited_weights_prompt_by_prompt(blocks, name, monkeypatch):
+    monkeypatch.setattr(token_by_token, "PROMPTS_AT_ONCE", 4)  # two parts of the six prompts
     block = blocks[name]
     reading = read_token_by_token(block, PROMPTS)
     norms, losses, towards, ceilings = np.zeros((6, 9)), np.zeros((6, 10)), np.zeros((6, 9)), np.zeros((6, 9))

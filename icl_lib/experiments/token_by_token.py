@@ -28,7 +28,7 @@ from icl_lib.measures import relative_error
 from icl_lib.regression import Prompts, squared_error
 from icl_lib.theorem import alignment, weight_update
 
-PROMPTS_AT_ONCE = 25
+PROMPTS_AT_ONCE = 10
 
 
 class Estimate(NamedTuple):
@@ -223,13 +223,13 @@ def _pass_by_pass(block: ContextualBlock, prompts: Prompts) -> tuple[Tensor, Ten
     """The lengths of the steps and the block's own outputs, from a separate pass for each number of tokens."""
     read, outputs = [], []
     with torch.no_grad():
-        for tokens in range(prompts.context.shape[-2] + 1):
+        for tokens in reversed(range(prompts.context.shape[-2] + 1)):  # the longest first: the others reuse its memory
             prefix = prompts.context[..., :tokens, :]
             read.append(block.read(prefix, prompts.query))
             outputs.append(block(prefix, prompts.query))
-        activations = torch.stack(read, dim=-2)
+        activations = torch.stack(read[::-1], dim=-2)
         left = weight_update(block.first_linear.weight, activations[..., :1, :], activations).left
-    return left.diff(dim=-3).flatten(-2).norm(dim=-1), torch.stack(outputs, dim=-2)
+    return left.diff(dim=-3).flatten(-2).norm(dim=-1), torch.stack(outputs[::-1], dim=-2)
 
 
 def _as_average(block: ContextualBlock, prompts: Prompts, path: Trajectory, norms: Tensor) -> dict[str, Any]:
