@@ -18,6 +18,7 @@ import icl_lib
 from icl_lib import dynamics, symbolic
 from icl_lib.symbolic import weight_update
 from icl_lib.symbolic.derivation import Asked, First, Given, Identity, rewritten
+from icl_lib.symbolic.notation import latex
 
 ROOT = Path(__file__).resolve().parents[1]
 STATEMENTS = [name for name in symbolic.__all__ if name[0].islower()]
@@ -430,6 +431,33 @@ def test_one_name_in_derivation_function_test_and_book(name):
     stated = [page for page, text in pages.items() if f":label: {label}\n" in text or f"({label})=\n" in text]
     assert len(stated) == 1, f"{label} is the label of a statement on {stated or 'no page'}"
     assert f"symbolic.{name}(" in pages[stated[0]], f"{stated[0]} does not show the derivation of {label}"
+
+
+# The equation of a derivation that the box in the book states, where it is not the derivation's own last line.
+STATED_BY = {"linear_losses": ("rate", 2), "normalised_lms": ("target", 1), "normalised_lms_heads": ("target", 0)}
+IN_WORDS = {"hidden_permutation"}
+
+
+def plain(latex):
+    """A formula without what only sets it: spaces, bold, the sizes of brackets, and superfluous braces."""
+    latex = re.sub(r"\\[lr]Vert|\\\|", "|", latex)
+    latex = re.sub(
+        r"\\(?:boldsymbol|mathrm|bigl|bigr|Bigl|Bigr|left|right|quad|qquad|[,;!])(?![a-z])|\\\\(?:\[.*?\])?", "", latex
+    )
+    return re.sub(r"[\s{}&.]", "", latex)
+
+
+@pytest.mark.parametrize("name", sorted(set(STATEMENTS) - IN_WORDS))
+def test_the_box_in_the_book_states_what_is_derived(name):
+    derivation, label = getattr(symbolic, name)(), name.replace("_", "-")
+    key, which = STATED_BY.get(name, ("statement", 0))
+    shown = derivation.statement if key == "statement" else derivation.step(key).shows[which]
+    [page] = [text for path in (ROOT / "book").glob("*.md") if f":label: {label}\n" in (text := path.read_text())]
+    box = plain(page.partition(f":label: {label}\n")[2].partition("\n:::\n")[0])
+    formula = plain(latex(shown.parts[-1]))
+    assert f"={formula}" in box
+    assert f"=-{formula}" not in box
+    assert f"={plain(latex(2 * shown.parts[-1]))}" not in box
 
 
 def test_no_display_is_typed():

@@ -134,6 +134,7 @@ def normalised_lms() -> Derivation:
                 f"With this rate the target is what $W$ computes from ${latex(value)}$, the value of token $i$ alone. "
                 "The rate is divided by the squared length of the input, which is what makes LMS normalised.",
                 Asked(target, for_rate, found),
+                Asked(own, squared_norm(U * a_0 - found) / 2),
                 Identity(W_now, result),
             ),
             Step(

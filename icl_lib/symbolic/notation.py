@@ -171,6 +171,8 @@ class _Printer(LatexPrinter):
 
     def _print_MatMul(self, expr: Any) -> str:
         scalar, factors = _split(expr)
+        if scalar == 1 and len(factors) == 2 and factors[0].atoms(sp.DiagMatrix):
+            return self._entry_by_entry(*factors)
         if _is_negative(expr):
             return "- " + self._print_MatMul(sp.MatMul(-scalar, *factors))
         above, below = sp.fraction(scalar)
@@ -186,6 +188,12 @@ class _Printer(LatexPrinter):
         alone = len(factors) == 1 and not in_front
         in_front = rf"{in_front}\, " if in_front else ""
         return rf"\frac{{{in_front}{self._print(factors[0]) if alone else product}}}{{{self._print(below)}}}"
+
+    def _entry_by_entry(self, diagonal: Any, column: Any) -> str:
+        """Write a product with a diagonal matrix as a product, or a quotient, of two columns."""
+        if isinstance(diagonal, sp.DiagMatrix):
+            return rf"{self._factor(diagonal.args[0])} \odot {self._factor(column)}"
+        return rf"{self._factor(column)} \oslash {self._factor(diagonal.arg.args[0])}"
 
     def _scalar(self, expr: sp.Expr) -> str:
         printed = self._print(expr)

@@ -83,7 +83,7 @@ def position_bias_update() -> Derivation:
         ),
         unknown=bias_edit,
         result=update,
-        statement=Asked(bias_edit, update),
+        statement=Asked(bias_edit, in_streams),
         arguments={"x": block.x, "A_0": block.A_0, "c_i": block.c, "A_i": block.A},
         shapes={"x": "in", "A_0": "in", "c_i": "in", "A_i": "in", "return": "in"},
         names=names,

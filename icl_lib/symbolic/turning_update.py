@@ -63,9 +63,9 @@ def turning_update() -> Derivation:
             Step(
                 "effect",
                 "Given output",
-                f"With a scale that is stretched by a factor $\\kappa$, and ${latex(new)}$ in the place of "
-                f"${latex(read)}$, the norm outputs ${latex(wanted)}$.",
-                Asked(stretch * diagonal * new / divisor, wanted),
+                f"With ${latex(new)}$ in the place of ${latex(read)}$, and its scale stretched by a factor $\\kappa$, "
+                f"the norm outputs ${latex(wanted)}$.",
+                Asked(diagonal * new, divisor / stretch * wanted),
             ),
             Step(
                 "length",
