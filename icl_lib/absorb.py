@@ -77,9 +77,9 @@ class _Observer:
             return
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             raise ValueError(
-                f"{where} is called with {len(args)} argument(s) and {sorted(kwargs)}: only blocks that are called as "
-                "block(stream) are covered, since other arguments may depend on the context. Wrap the block so that it "
-                "needs no others."
+                f"{where} is called with {len(args)} argument(s) and the keywords {sorted(kwargs)}: only blocks that "
+                "are called as block(stream) are covered, since other arguments may depend on the context. Wrap the "
+                "block so that it needs no others."
             )
         self.seen.clear()
         # A block may change its input in place, so a copy is kept.
@@ -202,7 +202,10 @@ def check_absorb(
     require_finite("inputs", inputs, "find where the inputs become NaN or infinite.")
     length = inputs.shape[-2]
     if not inputs.numel():
-        raise ValueError(f"inputs have shape {tuple(inputs.shape)}, which holds no prompt: give at least one.")
+        raise ValueError(
+            f"inputs have shape {tuple(inputs.shape)}, which holds no tokens: give [*batch, n, dim] with n of at "
+            "least 2."
+        )
     check_lengths(length, context_length)
     if reference not in REFERENCES:
         raise ValueError(f"reference is {reference!r}: choose 'query' or 'self'.")
@@ -215,7 +218,9 @@ def check_absorb(
         )
     require_deterministic(model, "model")
     if torch.is_autocast_enabled(inputs.device.type):
-        raise ValueError("autocast is on, so the edits would be computed in mixed precision: leave autocast first.")
+        raise ValueError(
+            "autocast is on, so the edits would be computed in mixed precision: call this outside the autocast block."
+        )
 
 
 def first_position(inputs: Tensor, context_length: int, reference: str, positions: str | None) -> int:

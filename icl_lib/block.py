@@ -152,8 +152,8 @@ def _require_fit(update: ImplicitUpdate, block: Any) -> None:
         wanted = (*update.weight.batch_shape, weight.shape[-1])
         if update.bias.shape != wanted:
             raise ValueError(
-                f"the update's bias has shape {tuple(update.bias.shape)} beside a weight update "
-                f"{tuple(update.weight.shape)}: it must be {wanted}."
+                f"the update's bias has shape {tuple(update.bias.shape)}, but its weight update has shape "
+                f"{tuple(update.weight.shape)}: the bias must have shape {wanted}."
             )
 
 

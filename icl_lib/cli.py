@@ -210,7 +210,10 @@ def _ids(name: str, model: str, text: str | None, ids: str | None, special: bool
         try:
             found = tokenizer(text, add_special_tokens=special)["input_ids"]
         except Exception as error:  # tokenizers raises no narrower class
-            raise ValueError(f"--{name} is {text!r}: the tokenizer refuses it ({_first_line(error)}).") from None
+            raise ValueError(
+                f"--{name} is {text!r}, which the tokenizer cannot encode ({_first_line(error)}): give a text in its "
+                f"vocabulary, or --{name}-ids."
+            ) from None
     if not found:
         raise ValueError(f"--{name} holds no token: give a text or token ids.")
     return found

@@ -250,7 +250,7 @@ def plane_array(name: str, value: Any) -> np.ndarray:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} is {value!r}: give numbers of shape {shape}.") from None
     if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape}: the picture is of the plane, give shape {shape}.")
+        raise ValueError(f"{name} has shape {array.shape}: the figure shows a plane, so give shape {shape}.")
     if not np.isfinite(array).all():
         raise ValueError(f"{name}{np.argwhere(~np.isfinite(array))[0].tolist()} is not finite: give finite numbers.")
     return array

@@ -42,7 +42,7 @@ def scientific(value: float, digits: int = 1) -> str:
     '−1.3 × 10⁶'
     """
     if not math.isfinite(value):
-        raise ValueError(f"value is {value}: only finite numbers can be written")
+        raise ValueError(f"value is {value}: give a finite number.")
     return _written(Context(prec=digits).create_decimal(Decimal(value)))
 
 
@@ -53,7 +53,7 @@ def at_most(value: float, digits: int = 1) -> str:
     ('8 × 10⁻¹⁶', '0.5')
     """
     if not math.isfinite(value):
-        raise ValueError(f"value is {value}: only finite numbers can be written")
+        raise ValueError(f"value is {value}: give a finite number.")
     return _written(Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(repr(float(value)))))
 
 

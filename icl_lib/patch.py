@@ -193,7 +193,7 @@ def _requiring(shape: torch.Size, where: str) -> Callable[..., None]:
         if args[0].shape[:-1] != shape:
             raise ValueError(
                 f"{where} reads {tuple(args[0].shape[:-1])} tokens, but its patch was made for {tuple(shape)}: "
-                "give the patched model patch.bare(inputs)."
+                "call the patched model with patch.bare(inputs)."
             )
 
     return check

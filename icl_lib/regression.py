@@ -222,7 +222,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The state from which :meth:`load_state_dict` continues bit for bit."""
         if self._loss is not None:
-            raise ValueError("the prompts of the next step are drawn already: take the state right after advance().")
+            raise ValueError("the prompts of the next step are drawn already: call state_dict() right after advance().")
         state = {
             "step": self.step,
             "model": self.model.state_dict(),

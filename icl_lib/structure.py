@@ -72,9 +72,9 @@ def _probed(mlp: nn.Module, widths: list[int], output_bias: bool) -> tuple[str, 
     by_input = [_held(twin, first, held, x) for x in (inputs, torch.randn_like(inputs) - inputs)]
     if not _same(*by_input):
         raise ValueError(
-            f"mlp's output depends on its input by another path than its first linear map ({first}), such as a gate or "
-            "a skip connection inside, so the edit of this map alone is not exact. For a skip around the block, use "
-            "skip=True."
+            f"mlp's output depends on its input not only through its first linear map ({first}), but also through a "
+            "gate or a skip connection inside, for example, so the edit of this map alone is not exact. For a skip "
+            "around the block, use skip=True."
         )
     if first:
         other = nn.Linear(*reversed(linear.weight.shape), bias=linear.bias is not None).to(linear.weight)
@@ -101,7 +101,10 @@ def _generic_copy(mlp: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(mlp).eval()
     except RuntimeError as error:  # the old weight_norm and prune hold tensors that cannot be copied
-        raise ValueError(f"mlp cannot be copied ({error}): remove reparametrisations from it first.") from None
+        raise ValueError(
+            f"mlp cannot be copied ({error}): remove its reparametrisations first, with "
+            "torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove."
+        ) from None
     for tensor in twin.parameters():
         if tensor.is_floating_point():
             tensor.copy_(torch.randn_like(tensor) / max(1, tensor.shape[-1] if tensor.ndim else 1) ** 0.5)

@@ -246,7 +246,7 @@ GOOD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
         ({"inputs": GOOD[:, :5]}, r"sequence has shape \(6, 5\): give"),
         ({"inputs": NAN}, r"inputs\[2, 3\] is nan"),
         ({"inputs": GOOD[:1]}, "inputs hold 1 token"),
-        ({"inputs": GOOD[None][:0]}, r"inputs have shape \(0, 6, 8\), which holds no prompt"),
+        ({"inputs": GOOD[None][:0]}, r"inputs have shape \(0, 6, 8\), which holds no tokens"),
         ({"context_length": 0}, "context_length is 0 and inputs hold 6 tokens: at least one token must be replaced"),
         ({"context_length": 6}, "context_length is 6 .* give 1 … 5"),
         ({"context_length": -1}, "context_length is -1"),

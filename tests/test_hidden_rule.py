@@ -172,7 +172,7 @@ def test_what_is_held_out():
     [
         ((0, 2, 0), "count is 0"),
         ((2, -1, 0), "examples is -1"),
-        ((2, 75, 0), "examples is 75: there are pairs for 74 examples and a query; give fewer."),
+        ((2, 75, 0), "examples is 75, but there are pairs for 74 examples and a query only: give at most 74."),
         ((2, 2, 0, "new"), "query is 'new': choose 'training' or 'held out'."),
     ],
 )
@@ -279,7 +279,7 @@ def test_training_that_diverges():
         ({"weight_decay": -1.0}, "weight_decay is -1.0: give 0 or a positive number"),
         ({"text_weight": float("nan")}, "text_weight is nan"),
         ({"examples": 0}, "examples is 0"),
-        ({"fewest": 7}, "fewest is 7 of 6 examples: no answer would count; choose fewer."),
+        ({"fewest": 7}, "fewest is 7, but a prompt has 6 examples, so no answer would enter the loss: give at most 6."),
     ],
 )
 def test_settings_are_checked(settings, says):
@@ -371,7 +371,7 @@ def test_files_that_are_not_there_or_not_what_they_should_be(tmp_path):
     weights = tmp_path / "hidden_rule.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(
-        ValueError, match=r"hidden_rule.json does not describe hidden_rule.safetensors beside it: train"
+        ValueError, match=r"hidden_rule.json does not belong to hidden_rule.safetensors in the same folder: train"
     ):
         load_hidden_rule(tmp_path)
 
@@ -442,7 +442,7 @@ def test_an_edit_from_many_questions_serves_new_ones(model):
     assert many["other"] < 0.15  # the edit for another rule
     assert many["prompted"] == few["prompted"] > 0.95
     assert bare["right"] == bare["other"] < 0.15
-    with pytest.raises(ValueError, match="questions is 47: 46 are left for the edit"):
+    with pytest.raises(ValueError, match="questions is 47, but only 46 are left for fitting the edit"):
         measure_edited(model, 47)
 
 

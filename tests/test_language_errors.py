@@ -153,7 +153,7 @@ def test_training_mode_without_dropout_is_no_obstacle():
 def test_the_meta_device_is_refused():
     with torch.device("meta"):
         model = type(shared("Llama"))(shared("Llama").config).eval()
-    with pytest.raises(ValueError, match="meta, which holds no numbers"):
+    with pytest.raises(ValueError, match="meta, which holds no values"):
         absorb(model, IDS, LENGTH - 1)
 
 

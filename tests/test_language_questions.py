@@ -6,7 +6,7 @@ import torch
 from language import relative, same, shared, state
 
 from icl_lib import absorb, plots
-from icl_lib.experiments.language import edited_for_questions
+from icl_lib.experiments import edited_for_questions
 
 LENGTH = 4
 

@@ -35,5 +35,5 @@ def test_a_number_is_written_to_its_digits_and_a_bound_is_never_below_it(value, 
 @pytest.mark.parametrize("write", [scientific, at_most])
 def test_what_is_no_number_is_refused(write):
     for value in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="only finite numbers"):
+        with pytest.raises(ValueError, match=r"value is (nan|inf): give a finite number"):
             write(value)

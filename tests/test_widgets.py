@@ -208,7 +208,7 @@ def test_page_is_limited_in_bytes(monkeypatch):
         (text, {"k": np.zeros((2, 2))}, r"k has shape \(2, 2\): give an array with one dimension"),
         (text, {"k": torch.tensor(1.0)}, r"k has shape \(\)"),
         (text, {"k": [1, 2, 1]}, "k has 1 twice"),
-        (text, {"k": range(20), "j": range(11)}, r"220 frames \(k: 20 × j: 11\), at most 200: give some"),
+        (text, {"k": range(20), "j": range(11)}, r"have 220 frames \(k: 20 × j: 11\), more than 200: give"),
         (lambda k: "", {"j": [1]}, "cannot be called with the controls j"),
         (lambda k, j: "", {"k": [1]}, "missing a required argument: 'j'"),
         (lambda k: None, {"k": [7]}, "draw returned NoneType for k = 7: return a Figure"),

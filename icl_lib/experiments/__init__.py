@@ -8,7 +8,7 @@ from icl_lib.experiments.every_block import (
     measure_every_block,
     run_every_block,
 )
-from icl_lib.experiments.language import LANGUAGE_MODELS, small_language_model
+from icl_lib.experiments.language import LANGUAGE_MODELS, edited_for_questions, small_language_model
 from icl_lib.experiments.one_block import (
     ONE_BLOCK,
     TrainingCurves,
@@ -48,6 +48,7 @@ __all__ = [
     "compare_with_sgd",
     "cosines",
     "decay_exponent",
+    "edited_for_questions",
     "estimate",
     "likeness",
     "measure_every_block",

@@ -92,7 +92,7 @@ def load_hidden_rule(folder: str | Path = DATA, dtype: torch.dtype = torch.float
     except (ValueError, KeyError) as error:
         raise ValueError(f"{record} is not the record of a trained model: {REMEDY}") from error
     if digest != _digest(weights):
-        raise ValueError(f"{record} does not describe {weights.name} beside it: {REMEDY}")
+        raise ValueError(f"{record} does not belong to {weights.name} in the same folder: {REMEDY}")
     try:
         from safetensors.torch import load_model
         from transformers import LlamaConfig, LlamaForCausalLM

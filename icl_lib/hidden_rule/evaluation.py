@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from icl_lib.experiments.language import edited_for_questions
+from icl_lib.experiments import edited_for_questions
 from icl_lib.hidden_rule.reference import best_accuracy, identified
 from icl_lib.hidden_rule.task import RULES, Prompts, Rule, sample_prompts
 from icl_lib.validation import require_size
@@ -77,7 +77,7 @@ def measure_edited(
     """Measure how often the model is right on new questions, without examples, after an edit from some questions.
 
     For each rule, four examples and 30 other questions are drawn. The edit is made from ``questions`` more, with the
-    examples in front (:func:`~icl_lib.experiments.language.edited_for_questions`). No question that is asked, and no
+    examples in front (:func:`~icl_lib.experiments.edited_for_questions`). No question that is asked, and no
     mirror image of one (8+2 for 2+8), is among the examples or among those for the edit.
 
     Args:
@@ -90,7 +90,10 @@ def measure_edited(
     """
     require_size("questions", questions, 0)
     if questions > MOST_QUESTIONS:
-        raise ValueError(f"questions is {questions}: {MOST_QUESTIONS} are left for the edit; give at most so many.")
+        raise ValueError(
+            f"questions is {questions}, but only {MOST_QUESTIONS} are left for fitting the edit: give at most "
+            f"{MOST_QUESTIONS}."
+        )
     generator = torch.Generator().manual_seed(seed)
     drawn = [_draw(rule, generator) for rule in rules]
     edits = [

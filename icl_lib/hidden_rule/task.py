@@ -202,7 +202,8 @@ def _check_sample(count: Any, examples: Any, seed: Any, query: Any = "training")
     require_size("examples", examples, 0)
     if examples > _MOST_EXAMPLES:
         raise ValueError(
-            f"examples is {examples}: there are pairs for {_MOST_EXAMPLES} examples and a query; give fewer."
+            f"examples is {examples}, but there are pairs for {_MOST_EXAMPLES} examples and a query only: give at most "
+            f"{_MOST_EXAMPLES}."
         )
     if query not in ("training", "held out"):
         raise ValueError(f"query is {query!r}: choose 'training' or 'held out'.")

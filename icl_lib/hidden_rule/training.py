@@ -63,7 +63,8 @@ class HiddenRuleSettings:
         require_size("fewest", self.fewest, 0)
         if self.fewest > self.examples:
             raise ValueError(
-                f"fewest is {self.fewest} of {self.examples} examples: no answer would count; choose fewer."
+                f"fewest is {self.fewest}, but a prompt has {self.examples} examples, so no answer would enter the "
+                f"loss: give at most {self.examples}."
             )
         if self.width % (2 * self.heads):
             raise ValueError(

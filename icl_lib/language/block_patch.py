@@ -52,7 +52,10 @@ class LanguageBlockPatch:
         joint patch, whose edits belong to no single position.
         """
         if len(self.weight.shape) == 2:
-            raise ValueError("a joint edit serves all positions: take the norms of a patch made with joint=False.")
+            raise ValueError(
+                "this patch is joint, with one edit for all positions, but norms() needs one for each: make the patch "
+                "with joint=False."
+            )
         return self._norms(self.inner), self._norms(self.outer)
 
     def _norms(self, edits: dict[str, LowRank | Tensor]) -> Tensor:

@@ -102,7 +102,7 @@ def check_tokens(
         raise ValueError(f"inputs have dtype {inputs.dtype}: give token ids as inputs.long().")
     if inputs.is_meta or any(tensor.is_meta for tensor in model.parameters()):
         raise ValueError(
-            "the model or its inputs are on the device meta, which holds no numbers: load the weights first, without "
+            "the model or its inputs are on the device meta, which holds no values: load the weights first, without "
             "offloading them."
         )
     if not inputs.ndim or not inputs.numel():
@@ -139,7 +139,9 @@ def check_tokens(
         raise ValueError(f"joint is {joint!r}: give True or False.")
     require_still(model)
     if torch.is_autocast_enabled(inputs.device.type):
-        raise ValueError("autocast is on: the edits would be computed in mixed precision. Leave autocast first.")
+        raise ValueError(
+            "autocast is on, so the edits would be computed in mixed precision: call this outside the autocast block."
+        )
 
 
 def check_lengths(length: int, context_length: Any) -> None:

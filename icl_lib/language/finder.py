@@ -124,13 +124,13 @@ class Finder:
     def _on_read(self, path: str, read: Tensor, _: Tensor) -> LowRank:
         return self._inner(path, read, self.reading.read)
 
-    def _on_routed(self, _: nn.Module, __: Any, answer: tuple[Tensor, Tensor, Tensor]) -> None:
-        if not (isinstance(answer, tuple) and len(answer) == 3):
+    def _on_routed(self, _: nn.Module, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        if not (isinstance(output, tuple) and len(output) == 3):
             raise ValueError(
-                f"{self.where}.{self.anatomy.router} returns a {type(answer).__name__}: a router must return (logits, "
+                f"{self.where}.{self.anatomy.router} returns a {type(output).__name__}: a router must return (logits, "
                 "gates, chosen experts), see icl_lib.anatomy."
             )
-        _, gates, chosen = answer
+        _, gates, chosen = output
         self.gates = gates.to(self.change.dtype).sum(-1, keepdim=True)
         self.sent = {expert: (chosen == expert).T.nonzero()[:, 1] for expert in chosen.unique().tolist()}
 
@@ -141,17 +141,17 @@ class Finder:
         tokens = self.sent[expert]
         return self._outer(f"{self.anatomy.outer}[{expert}]", self.change[tokens] / self.gates[tokens], hidden)
 
-    def _on_hidden(self, hidden: Tensor, answer: Tensor) -> LowRank | Tensor:
+    def _on_hidden(self, hidden: Tensor, output: Tensor) -> LowRank | Tensor:
         path = self.anatomy.outer
         if self.kind == "bias":
             self.found_outer[path] = self._one_vector(path, self.change)
             return self.found_outer[path]
         change = self.change
         if self.norm is not None:
-            parts = parts_of(self.norm, answer)
+            parts = parts_of(self.norm, output)
             wanted = parts.output + self.change
             change, scale = self._named(
-                path, turning_update, wanted, answer, parts.normed, parts.scale, self.joint and len(answer) > 1
+                path, turning_update, wanted, output, parts.normed, parts.scale, self.joint and len(output) > 1
             )
             self.turned = wanted, scale
         return self._outer(path, change, hidden)
@@ -187,9 +187,9 @@ class Finder:
             return vectors
         if len(vectors) > 1:
             raise ValueError(
-                f"{self.where}.{path}: {len(vectors)} positions need {len(vectors)} vectors, and one vector serves all "
-                "positions here. Use a query of one token, give each position its own edits (Patch.applied), or absorb "
-                "with outer='down'."
+                f"{self.where}.{path}: {len(vectors)} positions need {len(vectors)} vectors, but a joint edit has only "
+                "one. Use a query of one token, give each position its own edits (Patch.applied), or absorb with "
+                "outer='down'."
             )
         return vectors[0]
 

@@ -72,7 +72,10 @@ def with_context(
 
     def note(where: str, reading: Reading, name: str, tokens: Tensor) -> None:
         if getattr(reading, name) is not None:
-            raise ValueError(f"{where}: its {name} is read twice in one pass: correct the entry, see icl_lib.anatomy.")
+            raise ValueError(
+                f"{where}: the module that the anatomy names as its {name} is called twice in one pass: correct the "
+                "entry, see icl_lib.anatomy."
+            )
         tokens = tokens.detach().reshape(rows, length, -1)[:, first:]
         setattr(reading, name, tokens.reshape(-1, tokens.shape[-1]).clone())
 
@@ -89,10 +92,10 @@ def with_context(
     for index, reading in enumerate(readings):
         if reading.stream is None or (reading.read is None and not anatomy.parallel):
             raise ValueError(
-                f"{anatomy.blocks}[{index}]: its stream or its first inner map is never read: correct the entry, see "
-                "icl_lib.anatomy."
+                f"{anatomy.blocks}[{index}]: the modules that the anatomy names as its stream and its first inner map "
+                "are not both called: correct the entry, see icl_lib.anatomy."
             )
-    require_finite("the model's logits", logits, "its weights hold NaN, or it overflows: load it again.")
+    require_finite("the model's logits", logits, "look for NaN in its weights; if it overflows, use a wider dtype.")
     return readings, logits.reshape(-1, logits.shape[-1])
 
 

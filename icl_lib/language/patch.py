@@ -55,7 +55,10 @@ class LanguagePatch(Patch):
     def at_query(self) -> LanguagePatch:
         """Return the patch itself if it has edits for the query only."""
         if self.first != self.context_length:
-            raise ValueError("this patch has edits for all positions: absorb with positions='query'.")
+            raise ValueError(
+                "this patch also has edits for the context's positions, and only the query's are used here: make the "
+                "patch with positions='query'."
+            )
         return self
 
     def joint(self, model: nn.Module, formed: bool = False) -> LanguagePatch:
@@ -114,7 +117,9 @@ class LanguagePatch(Patch):
         """
         model = self.source() if model is None else model
         if model is None:
-            raise ValueError("the model of this patch no longer exists: give a model, to_lora(path, model).")
+            raise ValueError(
+                "the model of this patch no longer exists: give a model with the same weights, to_lora(path, model)."
+            )
         mixture = (
             self.anatomy.router is not None
         )  # PEFT forms the edited matrices of experts, but not those of linear maps

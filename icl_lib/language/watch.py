@@ -15,7 +15,7 @@ def on_stream(stack: contextlib.ExitStack, block: nn.Module, anatomy: Anatomy, s
     """Call ``see`` with $h$ (in a parallel block, with the output of the attention) until the stack is closed."""
     place = block.get_submodule(anatomy.stream)
     if anatomy.parallel:
-        hook = place.register_forward_hook(lambda _, __, answer: see(_tensor(answer)))
+        hook = place.register_forward_hook(lambda _, __, output: see(_tensor(output)))
     else:
         hook = place.register_forward_pre_hook(
             lambda _, args, kwargs: see(_tensor((*args, *kwargs.values()))), with_kwargs=True
@@ -26,12 +26,12 @@ def on_stream(stack: contextlib.ExitStack, block: nn.Module, anatomy: Anatomy, s
 def on_output(stack: contextlib.ExitStack, block: nn.Module, see: Callable[[Tensor], Any]) -> None:
     """Call ``see`` with the stream after the block, until the stack is closed."""
 
-    def after(_: nn.Module, __: Any, answer: Any) -> None:
-        see(_tensor(answer))
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        see(_tensor(output))
 
     stack.callback(block.register_forward_hook(after).remove)
 
 
-def _tensor(answer: Any) -> Tensor:
+def _tensor(output: Any) -> Tensor:
     """Return the tensor itself, or the first element of a tuple."""
-    return answer if isinstance(answer, Tensor) else answer[0]
+    return output if isinstance(output, Tensor) else output[0]

@@ -77,7 +77,9 @@ def explore(
     frames = math.prod(len(control.values) for control in parsed)
     if frames > MAX_FRAMES:
         sizes = " × ".join(f"{control.name}: {len(control.values)}" for control in parsed)
-        raise ValueError(f"{frames} frames ({sizes}), at most {MAX_FRAMES}: give some controls fewer values.")
+        raise ValueError(
+            f"these controls have {frames} frames ({sizes}), more than {MAX_FRAMES}: give some controls fewer values."
+        )
     return (_frames if building_book() else _live)(draw, parsed, start)
 
 
