@@ -94,9 +94,9 @@ def greedy_agreement(
             call = {"input_ids": current, "position_ids": position}
             readings, wanted = with_context(model, call, 0, outputs=False, **options)
             bare = run(model, call)[:, -1]
-            _, answer = without_context(model, Prompted(call, torch.Size((len(ids), 1)), readings), outer, edits=False)
-            chosen.append((answer.argmax(-1), wanted.argmax(-1), bare.argmax(-1)))
-            errors.append(relative_error(answer, wanted).max().item())
+            _, logits = without_context(model, Prompted(call, torch.Size((len(ids), 1)), readings), outer, edits=False)
+            chosen.append((logits.argmax(-1), wanted.argmax(-1), bare.argmax(-1)))
+            errors.append(relative_error(logits, wanted).max().item())
             current = chosen[-1][0][:, None]
     return Agreement(*(torch.stack(part, -1) for part in zip(*chosen, strict=True)), max(errors))
 

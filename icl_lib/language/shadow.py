@@ -51,7 +51,7 @@ class EditedWeight:
             ``[tokens, out]`` that is added to the outputs, or None.
         formed: form the edited matrix for each product, so that it rounds as a merged model does.
 
-    >>> weight = EditedWeight(torch.eye(2), lambda read, answer: LowRank(torch.ones(2, 1), torch.ones(2, 1)))
+    >>> weight = EditedWeight(torch.eye(2), lambda read, output: LowRank(torch.ones(2, 1), torch.ones(2, 1)))
     >>> functional.linear(torch.tensor([[1.0, 2.0]]), weight)
     tensor([[4., 5.]])
     """
@@ -84,18 +84,18 @@ class EditedWeight:
                 return torch.addmm(arguments["bias"], read, matrix)
             return functional.linear(read, matrix, arguments.get("bias"))
 
-        answer = product(weight._weight)
+        output = product(weight._weight)
         flat = read.reshape(-1, read.shape[-1])
-        edit = weight._edit(flat, answer.reshape(-1, answer.shape[-1]))
+        edit = weight._edit(flat, output.reshape(-1, output.shape[-1]))
         if edit is None:
-            return answer
+            return output
         if weight._formed and isinstance(edit, LowRank):
             dense = edit.dense()
             return product(weight._weight + (dense.mT if function is torch.addmm else dense))
-        return _plus(answer, flat, edit)
+        return _plus(output, flat, edit)
 
 
-def _plus(answer: Tensor, flat: Tensor, edit: LowRank | Tensor) -> Tensor:
+def _plus(output: Tensor, flat: Tensor, edit: LowRank | Tensor) -> Tensor:
     """Add the contribution of an edit to the outputs, in place."""
     tokens = edit.batch_shape if isinstance(edit, LowRank) else edit.shape[:-1]
     if tokens and tokens.numel() != flat.shape[0]:
@@ -104,7 +104,7 @@ def _plus(answer: Tensor, flat: Tensor, edit: LowRank | Tensor) -> Tensor:
             "model with patch.bare(inputs)."
         )
     # No other code holds the output yet, so adding in place is safe and saves memory.
-    rows = answer.view(-1, answer.shape[-1])
+    rows = output.view(-1, output.shape[-1])
     if isinstance(edit, Tensor):
         rows += edit
     elif tokens and edit.left.shape[-1] == 1:
@@ -113,7 +113,7 @@ def _plus(answer: Tensor, flat: Tensor, edit: LowRank | Tensor) -> Tensor:
         rows += edit.matvec(flat)
     else:
         rows.addmm_(flat @ edit.right, edit.left.mT)
-    return answer
+    return output
 
 
 _PRODUCTS = {functional.linear: ("input", "weight", "bias"), torch.addmm: ("bias", "input", "weight")}

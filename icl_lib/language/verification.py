@@ -55,7 +55,7 @@ def verify_tokens(
             squared.append((patched - output).to(wide(patched)).square().mean().item())
             bar.update()
 
-        _, answer = without_context(model, prompted, outer, joint, edits=False, visit=note)
+        _, edited_logits = without_context(model, prompted, outer, joint, edits=False, visit=note)
     return Report(
         model=type(model).__name__,
         reference=reference,
@@ -68,7 +68,7 @@ def verify_tokens(
         error=error,
         control=control,
         mean_squared_difference=squared,
-        output_error=relative_error(answer, logits).max().item(),
+        output_error=relative_error(edited_logits, logits).max().item(),
         output_control=output_control,
         tolerance=_tolerance(logits.dtype, anatomy.scale is not None and joint and prompted.shape.numel() > 1)
         if tolerance is None
@@ -102,9 +102,9 @@ def _without_edits(
     with contextlib.ExitStack() as stack, torch.no_grad():
         for index, block in enumerate(model.get_submodule(anatomy_of(model).blocks)):
             on_output(stack, block, functools.partial(note, index))
-        answer = run(model, call)
+        bare_logits = run(model, call)
     wanted = chosen(logits)
-    off = relative_error(answer.reshape(wanted.shape), wanted).reshape(prompts, -1)
+    off = relative_error(bare_logits.reshape(wanted.shape), wanted).reshape(prompts, -1)
     return control, off[:, (some >= context).to(off.device)].min().item()
 
 
