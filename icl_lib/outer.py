@@ -129,16 +129,16 @@ def turning_update(
 ) -> tuple[Float[Tensor, "m dim"], Float[Tensor, "*m dim"]]:
     r"""Change the input of a norm, and its scale, so that its output is a given vector.
 
-    The norm outputs $\gamma \odot \bar o$ with $\bar o = o/\alpha$, where $\alpha > 0$ depends on $\lVert o \rVert$
+    The norm outputs $\gamma \odot \bar o$ with $\bar o = o/\rho$, where $\rho > 0$ depends on $\lVert o \rVert$
     alone (RMSNorm, with or without an epsilon). So $\lVert \bar o \rVert$ is fixed by $\lVert o \rVert$. To output
     $t$, the input is turned, that is, replaced by a vector of the same length, and the scale is multiplied by a
     stretch factor $\kappa$:
 
     $$\kappa = \frac{\lVert t \oslash \gamma \rVert}{\lVert \bar o \rVert}, \qquad \gamma' = \kappa \gamma, \qquad
-      o' = \alpha\, (t \oslash \gamma') .$$
+      o' = \rho\, (t \oslash \gamma') .$$
 
-    Then $\lVert o' \rVert = \lVert o \rVert$, so the norm divides by the same $\alpha$ and outputs
-    $\gamma' \odot o'/\alpha = t$. No entry of $\bar o$ is divided by; the entries of $\gamma$ are.
+    Then $\lVert o' \rVert = \lVert o \rVert$, so the norm divides by the same $\rho$ and outputs
+    $\gamma' \odot o'/\rho = t$. No entry of $\bar o$ is divided by; the entries of $\gamma$ are.
 
     With ``shared``, one scale serves all $m$ vectors: the $\gamma'$ nearest to $\gamma$ (in relative entropy of
     $1/\gamma'^2$) with $\lVert t_k \oslash \gamma' \rVert = \lVert \bar o_k \rVert$ for every $k$.

@@ -1,9 +1,12 @@
 r"""Contextual layers that take an average over tokens, while the context grows.
 
-Softmax attention, linear attention and mean pooling are such layers. When token $c_i$ is appended, each head moves a
-fraction of the way towards the value of this token:
+Softmax attention, linear attention and mean pooling are such layers. When token $c_i$ is appended, the average
+$\bar v_i^h$ of each head moves a fraction of the way towards the value of this token:
 
-$$r_i^h = r_{i-1}^h + \alpha_i^h\,(v_i^h - r_{i-1}^h), \qquad a_i = \sum_h W_O^h\, r_i^h = A(c_1 \dots c_i, x).$$
+$$\bar v_i^h = \bar v_{i-1}^h + \alpha_i^h\,(v_i^h - \bar v_{i-1}^h), \qquad
+  a_i = \sum_h W_O^h\, \bar v_i^h = A(c_1 \dots c_i, x).$$
+
+(Here $v_i^h$ is the value before $W_O^h$. The book's $v_i^h$ and $a_i^h$ are $W_O^h v_i^h$ and $W_O^h \bar v_i^h$.)
 
 For softmax attention the rate $\alpha_i$ is the attention weight of $c_i$ among $c_1 \dots c_i, x$; for a plain average
 it is $1/(i + 1)$. Derived in :func:`icl_lib.symbolic.running_average`. The recursion holds if a new token changes
@@ -27,7 +30,7 @@ class RunningAverage:
     Attributes:
         rates: $\alpha_i^h$, ``[*batch, n, heads]``.
         values: $v_i^h$, the value of token $i$ in head $h$, ``[*batch, n, heads, head_dim]``.
-        start: $r_0^h$, the value of the query, ``[*batch, heads, head_dim]``.
+        start: $\bar v_0^h$, the value of the query, ``[*batch, heads, head_dim]``.
         output: $W_O$, the output map, ``[out, heads * head_dim]``; None if there is one head and no output map.
 
     >>> average = RunningAverage(
@@ -72,7 +75,7 @@ def running_average(
     values: Float[Tensor, "*batch n heads head_dim"],
     start: Float[Tensor, "*batch heads head_dim"],
 ) -> Float[Tensor, "*batch n+1 heads head_dim"]:
-    r"""All of $r_i = (1 - \alpha_i)\, r_{i-1} + \alpha_i v_i$, from $r_0$ to $r_n$.
+    r"""All of $\bar v_i = (1 - \alpha_i)\, \bar v_{i-1} + \alpha_i v_i$, from $\bar v_0$ to $\bar v_n$.
 
     Two steps in a row have the form of one step. So pairs of steps are joined, then pairs of pairs, in $\log_2 n$
     rounds over all tokens at once. No sum of exponentials is formed, which could overflow.

@@ -173,10 +173,10 @@ def _check_least_norm_edit(reads: Any, changes: Any) -> None:
 def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor, "*batch m out"]) -> LowRank:
     r"""The smallest edit of a weight that changes its output for each of $m$ reads by a given vector.
 
-    $$D = C R^+, \qquad D\, r_k = c_k .$$
+    $$\Delta V = \Delta H\, R^+, \qquad \Delta V\, r_k = \Delta h_k .$$
 
-    The reads $r_k$ and the changes $c_k$ are the columns of $R$ and $C$, and $R^+$ is the Moore–Penrose inverse. The
-    edit is exact if the $r_k$ are linearly independent. Its rank is at most $m$.
+    The reads $r_k$ and the changes $\Delta h_k$ are the columns of $R$ and $\Delta H$, and $R^+$ is the Moore–Penrose
+    inverse. The edit is exact if the $r_k$ are linearly independent. Its rank is at most $m$.
 
     Shapes: ``reads`` is ``[*batch, m, in]``, ``changes`` is ``[*batch, m, out]``. Raises `ValueError` for reads that
     are linearly dependent to the precision of their dtype (of float32 for half precision).
@@ -199,7 +199,7 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
         )
     left = torch.linalg.solve_triangular(triangle, (changes / scale / length).mT, upper=True, left=False)
     left = left.to(reads.dtype)
-    require_representable(left, "C R⁺", "a read")
+    require_representable(left, "ΔH R⁺", "a read")
     return LowRank(left, basis.to(reads.dtype))
 
 
