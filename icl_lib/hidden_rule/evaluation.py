@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from icl_lib.experiments import edited_for_questions
+from icl_lib.experiments.language import edited_for_questions
 from icl_lib.hidden_rule.reference import best_accuracy, identified
 from icl_lib.hidden_rule.task import RULES, Prompts, Rule, sample_prompts
 from icl_lib.validation import require_size
