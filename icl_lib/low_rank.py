@@ -73,7 +73,7 @@ class LowRank:
 
     @property
     def mT(self) -> LowRank:
-        """The transpose: the factors swapped."""
+        """The transpose, which has the two factors swapped."""
         return LowRank(self.right, self.left)
 
     def dense(self) -> Float[Tensor, "*batch out in_"]:

@@ -21,7 +21,7 @@ LAYERS = [
     "experiments.language experiments.__main__ hidden_rule.task hidden_rule.reference hidden_rule.evaluation "
     "hidden_rule.training hidden_rule.checkpoint hidden_rule.__main__ figures plots.one_block plots.cost "
     "plots.every_block plots.token_by_token plots.language widgets.page widgets.playground widgets.explorer",
-    "symbolic.algebra symbolic.notation symbolic.compiled symbolic.derivation symbolic.weight_update "
+    "symbolic.algebra symbolic.notation symbolic.layout symbolic.compiled symbolic.derivation symbolic.weight_update "
     "symbolic.solution_set symbolic.uniqueness symbolic.bias_update symbolic.single_token_attention "
     "symbolic.position_weight_update symbolic.position_bias_update symbolic.shared_factor symbolic.alignment "
     "symbolic.hidden_permutation symbolic.any_block symbolic.output_update symbolic.scale_update "

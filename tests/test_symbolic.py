@@ -18,6 +18,7 @@ import icl_lib
 from icl_lib import dynamics, symbolic
 from icl_lib.symbolic import weight_update
 from icl_lib.symbolic.derivation import Asked, First, Given, Identity, rewritten
+from icl_lib.symbolic.layout import LINE, width
 from icl_lib.symbolic.notation import latex
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,8 +158,9 @@ class TestPlantedFaults:
     def test_a_bias_update_of_the_wrong_stream(self):
         derivation = symbolic.position_bias_update()
         name, right = derivation.statement.parts
-        x, c = derivation.arguments["x"], derivation.arguments["c_i"]
-        assert not dataclasses.replace(derivation, statement=Asked(name, right.xreplace({x: c, c: x}))).check()
+        alone, stream = sorted(right.atoms(sp.MatrixSymbol), key=str)
+        swapped = right.xreplace({alone: stream, stream: alone})
+        assert not dataclasses.replace(derivation, statement=Asked(name, swapped)).check()
 
     def test_a_step_with_an_unrelated_matrix(self):
         derivation = symbolic.shared_factor()
@@ -467,3 +469,18 @@ def test_no_display_is_typed():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Step":
                 shows = node.args[3:]
                 assert not any(isinstance(shown, ast.Constant | ast.JoinedStr) for shown in shows), path.name
+
+
+@derivations
+def test_every_formula_fits_a_phone(derive):
+    for key, shown in derive().displayed():
+        for row in shown.rows:
+            assert width(row) <= 1.05 * LINE, (key, row)
+
+
+def test_the_width_of_a_formula_is_estimated():
+    assert width("W + W") > width("W W") > width("W")
+    assert width(r"\frac{W W}{\boldsymbol{a}}") == pytest.approx(width("W W"), rel=0.2)
+    assert width("W_{i+1}") < width("W i + 1")
+    with pytest.raises(ValueError, match="has a brace that is not closed"):
+        width("W_{i")

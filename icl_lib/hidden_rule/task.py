@@ -84,8 +84,8 @@ def _held_out(seed: int) -> Tensor:
 
 
 HELD_OUT: Bool[Tensor, "rules pairs"] = _held_out(HELD_OUT_SEED)
-"""``[rules, 81]``: the pairs that training never shows with the rule, neither in an example nor in a query: three for
-each rule, and their mirror images."""
+"""The pairs ``[rules, 81]`` that training never shows with the rule, neither in an example nor in a query. Three
+pairs are held out for each rule, and their mirror images."""
 _MOST_EXAMPLES = int((~HELD_OUT).sum(1).min()) - 1
 
 

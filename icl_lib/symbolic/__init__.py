@@ -48,7 +48,7 @@ True
 from icl_lib.symbolic.alignment import alignment
 from icl_lib.symbolic.any_block import any_block
 from icl_lib.symbolic.bias_update import bias_update
-from icl_lib.symbolic.derivation import Derivation, Step
+from icl_lib.symbolic.derivation import Asked, Derivation, Equation, Given, Identity, Step
 from icl_lib.symbolic.eaten_from_left import eaten_from_left
 from icl_lib.symbolic.expert_updates import expert_updates
 from icl_lib.symbolic.hidden_permutation import hidden_permutation
@@ -69,7 +69,11 @@ from icl_lib.symbolic.uniqueness import uniqueness
 from icl_lib.symbolic.weight_update import weight_update
 
 __all__ = [
+    "Asked",
     "Derivation",
+    "Equation",
+    "Given",
+    "Identity",
     "Step",
     "alignment",
     "any_block",

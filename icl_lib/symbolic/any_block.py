@@ -19,12 +19,12 @@ EXPERTS = sp.Symbol("e", integer=True, positive=True)
 def any_block() -> Derivation:
     r"""Derive what a block of any architecture needs: an edit of each inner map, and the change of the stream.
 
-    $$h_C + \operatorname{MLP}(V_1 z_C, V_2 z_C, R z_C)
-    = h_0 + \operatorname{MLP}\bigl((V_1 + \Delta V_1) z_0, (V_2 + \Delta V_2) z_0, (R + \Delta R) z_0\bigr) + \Delta h,
+    $$h_C + \operatorname{MLP}(V z_C, R z_C)
+    = h_0 + \operatorname{MLP}\bigl((V + \Delta V) z_0, (R + \Delta R) z_0\bigr) + \Delta h,
     \qquad \Delta h = h_C - h_0$$
 
     The MLP may be any function of what its inner maps return: gated, with a norm behind it, or a mixture of experts,
-    whose router $R$ is one more map that reads $z$. Each map has its :func:`~icl_lib.symbolic.weight_update`. What
+    whose router $R$ is one more map that reads $z$. $V$ stands for any number of inner maps. Each map has its :func:`~icl_lib.symbolic.weight_update`. What
     remains is the difference of the residual stream, which the end of the block must add:
     :func:`~icl_lib.symbolic.output_update`, :func:`~icl_lib.symbolic.scale_update`,
     :func:`~icl_lib.symbolic.turning_update` and :func:`~icl_lib.symbolic.expert_updates` are ways to do so.
@@ -41,7 +41,7 @@ def any_block() -> Derivation:
     """
     least = weight_update()
     W, a_0, a_C = least.arguments.values()
-    maps = (matrix("V_1"), matrix("V_2"), matrix("R", EXPERTS))
+    maps = (matrix("V"), matrix("R", EXPERTS))
     edits = tuple(matrix(rf"\Delta {one.name}", one.rows) for one in maps)
     z_0, z_C, h_0, h_C = (
         vector(letter, size, index) for letter, size in (("z", IN), ("h", WIDTH)) for index in ("0", "C")
@@ -68,7 +68,7 @@ def any_block() -> Derivation:
                 "block",
                 "The block with the context",
                 f"The MLP reads ${latex(z_C)}$, the stream ${latex(h_C)}$ or a norm of it, through its inner maps "
-                "alone. There may be any number of them; a router $R$ is one.",
+                "alone. $V$ stands for each of them, however many there are, and $R$ for a router, which is one as well.",
                 Identity(prompted, names[prompted]),
             ),
             Step(

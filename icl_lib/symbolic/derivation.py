@@ -20,10 +20,8 @@ from sympy.matrices.exceptions import ShapeError
 
 from icl_lib.symbolic.algebra import Rule, vanishes
 from icl_lib.symbolic.compiled import entry_by_entry, whole_matrices
-from icl_lib.symbolic.notation import LINE, latex, lines, signs, stacked
-
-SHORT = 8
-"""A left side of fewer signs than this stands on the line of the right side, however long that is."""
+from icl_lib.symbolic.layout import rows, stacked
+from icl_lib.symbolic.notation import latex
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,18 +35,8 @@ class Equation:
 
     @property
     def rows(self) -> list[str]:
-        """The equation as the printer writes it; a long one is broken before its equals signs."""
-        whole = " = ".join(latex(part) for part in self.parts)
-        if signs(whole) <= LINE:
-            return [whole]
-        rows, *others = (lines(part) for part in self.parts)
-        for first, *rest in others:
-            if signs(rows[-1]) + signs(first) < LINE or signs(rows[-1]) < SHORT:
-                rows[-1] += f" = {first}"
-            else:
-                rows.append(f"{{}} = {first}")
-            rows += rest
-        return rows
+        """The equation as the printer writes it, in as many rows as a phone needs."""
+        return rows(self.parts)
 
     def holds(self, derivation: Derivation) -> bool:
         """Whether all parts are equal under the names and assumptions of the derivation."""

@@ -3,7 +3,6 @@ r"""The symbols of the derivations, and the printer that writes their expression
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import sympy as sp
@@ -11,9 +10,6 @@ from sympy.printing.latex import LatexPrinter
 
 OUT, IN, WIDTH = sp.symbols("m n d", integer=True, positive=True)
 """The sizes of $W$ and of what it reads and outputs are symbols: a proof with them holds for every size."""
-
-LINE = 30
-"""A formula of more signs than this is broken, so that it fits a phone."""
 
 LAST = ("b", "b'", r"\Delta b'", r"\Delta b'_i", r"\Delta h", r"\Delta\boldsymbol{\gamma}", "N")
 """What is written at the end of a sum: biases, and an edit that is added to others."""
@@ -238,6 +234,11 @@ def _is_negative(term: Any) -> bool:
 _PRINTER = _Printer({"mat_delim": "("})
 
 
+def signed_terms(expression: Any) -> list[tuple[bool, str]]:
+    """Return the terms of a sum as the printer orders them: is it subtracted, and its LaTeX."""
+    return _PRINTER.signed_terms(expression)
+
+
 def latex(expression: Any) -> str:
     """Return the expression in LaTeX, in the book's notation.
 
@@ -246,33 +247,3 @@ def latex(expression: Any) -> str:
     W (\\boldsymbol{a}_{C} - \\boldsymbol{a}_{0})
     """
     return _PRINTER.doprint(expression)
-
-
-def lines(expression: Any) -> list[str]:
-    """Return the LaTeX of an expression, a long sum broken before its signs."""
-    whole = latex(expression)
-    if signs(whole) <= LINE or not isinstance(expression, sp.MatAdd | sp.Add):
-        return [whole]
-    terms = _PRINTER.signed_terms(expression)
-    broken = [("- " if terms[0][0] else "") + terms[0][1]]
-    for negative, term in terms[1:]:
-        signed = f"{'-' if negative else '+'} {term}"
-        if signs(broken[-1]) + signs(signed) <= LINE:
-            broken[-1] += f" {signed}"
-        else:
-            broken.append(f"{{}} {signed}")
-    return broken
-
-
-def signs(formula: str) -> int:
-    """Count the signs of a formula roughly: what makes it wide."""
-    one_each = re.sub(
-        r"\\(?:boldsymbol|operatorname|tfrac|frac|left|right|bigl|bigr|mathcal|mathrm)|\\[,;!]|\\ ", "", formula
-    )
-    return len(re.sub(r"[{}_^\s]", "", re.sub(r"\\[a-zA-Z]+|\\\|", "x", one_each)))
-
-
-def stacked(rows: Iterable[str]) -> str:
-    """Set formulas one below the other."""
-    rows = list(rows)
-    return rows[0] if len(rows) == 1 else "\\begin{gathered}\n" + " \\\\[0.4em]\n".join(rows) + "\n\\end{gathered}"
