@@ -24,9 +24,9 @@ def any_block() -> Derivation:
     \qquad \Delta h = h_C - h_0$$
 
     The MLP may be any function of what its inner maps return: gated, with a norm behind it, or a mixture of experts,
-    whose router $R$ is one more map that reads $z$. $V$ stands for any number of inner maps. Each map has its :func:`~icl_lib.symbolic.weight_update`. What
-    remains is the difference of the residual stream, which the end of the block must add:
-    :func:`~icl_lib.symbolic.output_update`, :func:`~icl_lib.symbolic.scale_update`,
+    whose router $R$ is one more map that reads $z$. $V$ stands for any number of inner maps. Each map has its
+    :func:`~icl_lib.symbolic.weight_update`. What remains is the difference of the residual stream, which the end of the
+    block must add: :func:`~icl_lib.symbolic.output_update`, :func:`~icl_lib.symbolic.scale_update`,
     :func:`~icl_lib.symbolic.turning_update` and :func:`~icl_lib.symbolic.expert_updates` are ways to do so.
 
     Source: after Goldwaser et al. (arXiv 2511.17864), Theorem 1 and the definition of input controllability.
@@ -68,7 +68,7 @@ def any_block() -> Derivation:
                 "block",
                 "The block with the context",
                 f"The MLP reads ${latex(z_C)}$, the stream ${latex(h_C)}$ or a norm of it, through its inner maps "
-                "alone. $V$ stands for each of them, however many there are, and $R$ for a router, which is one as well.",
+                "alone. $V$ stands for each of them, however many there are. A router $R$ is one as well.",
                 Identity(prompted, names[prompted]),
             ),
             Step(
