@@ -240,7 +240,7 @@ def test_rates_and_targets_of_softmax_attention(heads):
 def test_where_normalised_lms_does_not_apply_it_says_so_and_the_identity_fails(name):
     block, (context, query) = block_of(OTHERS[name]()), draw(8)
     path = trajectory(block, context, query)
-    with pytest.raises(ValueError, match="not normalised LMS: the contextual layer, a "):
+    with pytest.raises(ValueError, match="not a run of normalised LMS: the contextual layer, a "):
         normalised_lms(path)
     # The target W v and the rate of token i must not depend on the earlier context: a value taken from one context does
     # not fit another.

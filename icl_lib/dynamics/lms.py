@@ -56,9 +56,8 @@ def _check_normalised_lms(path: Any) -> None:
         raise ValueError(f"path is a {type(path).__name__}: give what icl_lib.dynamics.trajectory returns.")
     if path.prefixes.average is None:
         raise ValueError(
-            f"reading this prompt is not normalised LMS: {path.prefixes.why_not}. The trajectory itself is exact. "
-            "If the layer is an average over tokens, give it a method `average(context, query)` that returns a "
-            "RunningAverage."
+            f"path is not a run of normalised LMS: {path.prefixes.why_not}. Its updates are exact nevertheless. If the "
+            "layer is an average over tokens, give it a method `average(context, query)` that returns a RunningAverage."
         )
 
 

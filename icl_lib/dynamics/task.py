@@ -40,7 +40,10 @@ def _check_answers(block: Any, updates: Any, query: Any, bias: Any) -> None:
 def _check_task_gradients(block: Any, updates: Any, query: Any, loss: Any, bias: Any) -> None:
     _check_answers(block, updates, query, bias)
     if not callable(loss):
-        raise ValueError(f"loss is a {type(loss).__name__}: give a function of the block's outputs.")
+        raise ValueError(
+            f"loss is a {type(loss).__name__}: give a function that takes the block's outputs and returns one number for "
+            "each query."
+        )
 
 
 @validated_by(_check_answers)
