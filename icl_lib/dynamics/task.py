@@ -41,8 +41,8 @@ def _check_task_gradients(block: Any, updates: Any, query: Any, loss: Any, bias:
     _check_answers(block, updates, query, bias)
     if not callable(loss):
         raise ValueError(
-            f"loss is a {type(loss).__name__}: give a function that takes the block's outputs and returns one number for "
-            "each query."
+            f"loss is a {type(loss).__name__}: give a function that takes the block's outputs and returns one number "
+            "for each query."
         )
 
 
