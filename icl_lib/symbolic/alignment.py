@@ -67,13 +67,13 @@ def alignment() -> Derivation:
             Step(
                 "norms",
                 "Norms",
-                "This is the same with an update and itself.",
+                "This is the first step for an update with itself.",
                 Identity(squared_norm(D), squared_norm(u) / squared_norm(f)),
             ),
             Step(
                 "product",
                 "Across blocks",
-                "The norms cancel, and each inner product keeps the two that belong to it.",
+                "The squared norms cancel. Each inner product is divided by the lengths of its own two vectors.",
                 Identity(cosine, of_columns * of_rows),
                 Identity(of_columns, _cosine(u, v)),
                 Identity(of_rows, _cosine(f, g)),

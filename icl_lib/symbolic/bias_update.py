@@ -42,7 +42,7 @@ def bias_update() -> Derivation:
     def block(weight: sp.MatrixExpr, read: sp.MatrixExpr, output_bias: sp.MatrixExpr) -> sp.MatrixExpr:
         return x + read + outer_weight * Applied(ACTIVATION, (OUT, 1), weight * read + hidden_bias) + output_bias
 
-    prompted, edited = named(r"T_{W,\,b'}(C, x)"), named(r"T_{W + \Delta W,\,b' + \Delta b'}(x)")
+    prompted, edited = named(r"T_{W,\,b'}(C, x)"), named(r"T_{W + \Delta W,\,b' + \Delta b'}(C \setminus Y, x)")
     names = {
         edit: least.result,
         prompted: block(W, a_C, bias),
@@ -64,7 +64,7 @@ def bias_update() -> Derivation:
             ),
             Step(
                 "edited block",
-                "The edited block without it",
+                "The edited block without a part $Y$ of it",
                 f"The contextual layer outputs ${latex(a_0)}$. The first weights have their weight update "
                 f"(`weight_update`), which needs ${latex(a_0)} \\neq \\boldsymbol{{0}}$.",
                 Identity(edited, names[edited]),
@@ -90,7 +90,9 @@ def bias_update() -> Derivation:
                 f"In the difference of the two outputs ${latex(x)}$, $b'$ and the whole MLP cancel.",
                 Identity(edited - prompted, gap),
             ),
-            Step("solve", "Bias update", "This is zero for one bias edit only.", Asked(bias_edit, update)),
+            Step(
+                "solve", "Bias update", "The difference vanishes for exactly one bias edit.", Asked(bias_edit, update)
+            ),
         ),
         unknown=bias_edit,
         result=update,

@@ -44,13 +44,15 @@ def hidden_permutation() -> Derivation:
     (D, E), (u, v), (f, g) = pair.updates, pair.columns, pair.rows
     P, W, z, b = matrix("P", OUT, OUT), pair.arguments["W_l"], vector("z"), sp.MatrixSymbol("b", OUT, 1)
     W_out, read = matrix("W'", IN, OUT), pair.arguments["g_l"]
-    renumbered = matrix(r"\Delta W^{\ell}_{P}")
+    renumbered, second = matrix(r"\Delta W^{\ell}_{P}"), matrix(r"\Delta W^{\ell}_{j}")
 
     def active(reads: sp.MatrixExpr) -> Applied:
         return Applied(r"\sigma", (OUT, 1), reads)
 
     change, own = (
-        number(r"\langle P \Delta W^\ell, \Delta W^k \rangle - \langle \Delta W^\ell, \Delta W^k \rangle"),
+        number(
+            r"\operatorname{tr}((P \Delta W^\ell)^\top \Delta W^k) - \operatorname{tr}(\Delta W^{\ell\top} \Delta W^k)"
+        ),
         P * D,
     )
     result = dot(P * u - u, v) * dot(f, g) / (squared_norm(f) * squared_norm(g))
@@ -84,14 +86,14 @@ def hidden_permutation() -> Derivation:
             Step(
                 "own update",
                 "The block's own update",
-                "Its rows are renumbered, and its norm stays the same.",
+                "Its rows are renumbered. Inner products within the block, and so norms and alignments, stay the same.",
                 Identity(renumbered, own),
-                Identity(squared_norm(renumbered), squared_norm(D)),
+                Identity(dot(P * D, P * second), dot(D, second)),
             ),
             Step(
                 "other update",
                 "The inner product with another block",
-                "It changes, unless the first inner product happens to be zero.",
+                "It changes by this amount, which is zero only if one of the two inner products is.",
                 Identity(change, result),
             ),
         ),

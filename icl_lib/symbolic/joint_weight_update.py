@@ -65,8 +65,8 @@ def joint_weight_update() -> Derivation:
             Step(
                 "effect",
                 "Same pre-activations",
-                "The columns are what the map reads for each query. The edited map returns for every query what the "
-                "map returns with the context.",
+                "The columns are what the map reads, one for each token of the query, or for each of several queries. "
+                "For every column the edited map returns what the map returns with the context.",
                 Asked((V + edit) * Z_0, V * Z_C),
             ),
             Step("least norm", "Least norm", "We ask for the least such edit.", Minimise(squared_norm(edit) / 2)),
@@ -82,13 +82,13 @@ def joint_weight_update() -> Derivation:
             Step(
                 "lagrangian",
                 "Lagrangian",
-                "There is one multiplier for each output and query.",
+                "There is one multiplier for each output and column.",
                 Identity(lagrangian, value(edit)),
             ),
             Step(
                 "stationarity",
                 "Stationarity",
-                "The gradient by the edit is zero. So the rank is at most the number of queries.",
+                "The gradient with respect to the edit is zero. So the rank is at most the number of columns.",
                 Asked(edit, stationary),
             ),
             Step(
@@ -115,7 +115,7 @@ def joint_weight_update() -> Derivation:
             ),
             Step(
                 "one query",
-                "One query",
+                "One column",
                 "With one column the formula is that of `weight_update`.",
                 Identity(one_query, W * (a_C - a_0) * a_0.T / squared_norm(a_0)),
             ),

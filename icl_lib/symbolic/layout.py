@@ -17,7 +17,7 @@ SHORT = 4.5
 """A left side that is narrower than this, with its equals sign, never stands on a line of its own."""
 
 WIDTHS = {"frac": 0.24, "tfrac": 0.24, "neq": 1.4, "odot": 1.4, "oslash": 1.4, "sum": 1.3, "top": 0.8, "cos": 1.5}
-THIN = {",": 0.17, ";": 0.28, "!": 0.0, "quad": 1.0, "|": 0.5, "left": 0.0, "right": 0.0, "big": 0.0}
+THIN = {",": 0.17, ";": 0.28, "!": 0.0, "quad": 1.0, "|": 0.5, "left": 0.0, "right": 0.0, "Bigl": 0.2, "Bigr": 0.2}
 
 
 def width(formula: str, operator: float = 1.3) -> float:

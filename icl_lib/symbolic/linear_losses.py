@@ -148,7 +148,8 @@ def linear_losses() -> Derivation:
             Step(
                 "no minimum",
                 "No minimum",
-                "Unless its gradient is zero, the loss falls without bound along it, as any linear function does.",
+                "Unless its gradient is zero, the loss falls without bound along the negative gradient, as any linear "
+                "function does.",
                 Identity(lower, loss - t * squared_norm(Delta)),
             ),
             Step(

@@ -198,12 +198,17 @@ class _Printer(LatexPrinter):
 
     def _factor(self, expr: Any) -> str:
         printed = self._print(expr)
-        return rf"({printed})" if isinstance(expr, sp.MatAdd) or printed.startswith(r"\sum") else printed
+        return _bracketed(printed) if isinstance(expr, sp.MatAdd) or printed.startswith(r"\sum") else printed
 
     def _atom(self, expr: Any) -> str:
         printed = self._print(expr)
         simple = isinstance(expr, sp.DiagMatrix) or (isinstance(expr, sp.MatrixSymbol) and "^" not in expr.name)
         return printed if simple else rf"({printed})"
+
+
+def _bracketed(formula: str) -> str:
+    r"""Put brackets around a formula, large ones around fractions."""
+    return rf"\Bigl({formula}\Bigr)" if r"\frac" in formula else f"({formula})"
 
 
 def _split(term: Any) -> tuple[sp.Expr, tuple[Any, ...]]:

@@ -70,8 +70,8 @@ def position_bias_update() -> Derivation:
             Step(
                 "solve",
                 "Bias update of a position",
-                "This is zero for one bias edit only. It carries the change of the attention output and, at an earlier "
-                "position, the other token.",
+                "The difference vanishes for exactly one bias edit. It contains the change of the attention output "
+                "and, at an earlier position, the difference of the two tokens' streams.",
                 Asked(bias_edit, in_streams, update),
             ),
             Step(

@@ -117,7 +117,7 @@ def position_weight_update() -> Derivation:
     now, then = block.active(W + edit, f), block.active(W, g)
     gap = block.names[block.edited] - block.names[block.prompted]
 
-    # The gap is linear in W', so it vanishes for every W' only if what W' multiplies does.
+    # The gap is affine in W', so it vanishes for every W' only if what W' multiplies does.
     rewritten(after(gap, block.W_out), now - then)
     update = least.result.xreplace({a_0: f, a_C: g})
 
@@ -137,7 +137,7 @@ def position_weight_update() -> Derivation:
             Step(
                 "gap",
                 "The difference of the outputs",
-                "$b'$ cancels. The rest is linear in $W'$.",
+                "$b'$ cancels. The rest is affine in $W'$.",
                 Identity(
                     block.edited - block.prompted,
                     block.h_0 - block.h + block.bias_edit + block.W_out * now - block.W_out * then,
@@ -146,14 +146,16 @@ def position_weight_update() -> Derivation:
             Step(
                 "any outer weights",
                 "For every $W'$",
-                "So what $W'$ multiplies must vanish.",
+                "The edits do not depend on $W'$, and the difference must vanish for every $W'$. So what $W'$ "
+                "multiplies must vanish.",
                 Asked(now, then),
             ),
             Step(
                 "any activation",
                 "For every $\\sigma$",
-                "The identity is one of them, so its arguments must be equal. Then every $\\sigma$ returns equal "
-                f"values. This is the constraint of `weight_update`, with ${latex(f)}$ for ${latex(a_0)}$ and "
+                "The identity is one of them, so its arguments must be equal, and $b$ cancels. Then every $\\sigma$ "
+                f"returns equal values. This is the constraint of `weight_update`, with ${latex(f)}$ for "
+                f"${latex(a_0)}$ and "
                 f"${latex(g)}$ for ${latex(a_C)}$.",
                 Asked((W + edit) * f, W * g),
             ),

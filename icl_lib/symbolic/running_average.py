@@ -19,15 +19,17 @@ def running_average() -> Derivation:
 
     $$a_i = a_{i-1} + \alpha_i\, (v_i - a_{i-1}), \qquad \alpha_i = \frac{e^{s_i}}{\sum_{j=0}^{i} e^{s_j}}$$
 
-    This is one head: $a_i$ is the average of the values $v_j = W_O W_V t_j$ of the query, which is token 0, and of the
-    first $i$ tokens of the context. A new token must leave the scores $s_j$ and the values of the others as they were.
-    That fails if it shifts their positions, and in later blocks, where the query's stream changes with each token.
+    This is one head. The query counts as token 0, with the score $s_0$ and the value $v_0 = W_O W_V x$; the values of
+    the other tokens are $v_j = W_O W_V c_j$. $a_i$ is the average of the values of tokens 0 to $i$. A new token must
+    leave the scores $s_j$ and the values of the others as they were. That fails if it shifts their positions, and in
+    later blocks, where the query's stream changes with each token.
 
     Linear attention that is divided by the number of tokens is the same with $s_i v_i$ for the value and
     $\alpha_i = 1/(i + 1)$. Mean pooling has $s_i = 1$.
 
-    Source: this book; softmax attention: Vaswani et al. 2017 (arXiv 1706.03762), equation 1; the recursion is that of
-    the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867).
+    Source: this book; softmax attention: Vaswani et al. 2017 (arXiv 1706.03762), equation 1. The recursion extends the
+    online normaliser of Milakov and Gimelshein 2018 (arXiv 1805.02867) to the values; FlashAttention (Dao et al. 2022,
+    arXiv 2205.14135) uses the same rescaling.
 
     Shapes: the result, $a_i$, is a function of ``alpha`` ``[]``, which is $\alpha_i$, ``a_before`` ``[dim]`` and ``v``
     ``[dim]``, of any size.
@@ -44,7 +46,7 @@ def running_average() -> Derivation:
     total_now, other, other_before = (
         sp.Symbol(name, positive=True) for name in ("Z_i", r"\alpha_j^{(i)}", r"\alpha_j^{(i-1)}")
     )
-    weighted, weighted_now = vector("n", WIDTH, "i-1"), vector("n", WIDTH, "i")
+    weighted, weighted_now = vector("w", WIDTH, "i-1"), vector("w", WIDTH, "i")
     other_score = number("s_j")
     names = {
         total_now: total + sp.exp(score),
@@ -64,13 +66,14 @@ def running_average() -> Derivation:
 
     return Derivation(
         name="running_average",
-        source="This book; the online softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867)",
+        source="This book; the online normaliser of softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); the same "
+        "rescaling of values: Dao et al. 2022 (arXiv 2205.14135)",
         assumptions=(
             Step(
                 "sums",
                 "Two sums",
                 f"$Z_i$ adds up $e^{{s_j}}$ and ${latex(weighted_now)}$ adds up $e^{{s_j}} \\boldsymbol{{v}}_j$ over "
-                "the query, which is token 0, and the first $i$ tokens. A new token adds one term to each and "
+                "the query, which counts as token 0, and the first $i$ tokens. A new token adds one term to each and "
                 "changes no other.",
                 Identity(total_now, names[total_now]),
                 Identity(weighted_now, names[weighted_now]),
@@ -101,15 +104,15 @@ def running_average() -> Derivation:
             Step(
                 "equal scores",
                 "Equal scores",
-                "If all scores are equal, the rate is that of a plain mean of $i + 1$ things. Then $Z_{i-1}$ is "
+                "If all scores are equal, the rate is that of a plain mean of $i + 1$ values. Then $Z_{i-1}$ is "
                 "$i\\, e^s$.",
                 Identity(equal_scores, 1 / (count + 1)),
             ),
             Step(
                 "plain mean",
                 "Linear attention and mean pooling",
-                "A mean of $s_j \\boldsymbol{v}_j$ has this rate whatever the scores are. They decide where to go, and "
-                "not how far.",
+                "A mean of $s_j \\boldsymbol{v}_j$ has this rate whatever the scores are. The scores set the target, "
+                "not the fraction of the way to it.",
                 Identity(plain_now, plain + (score * VALUE - plain) / (count + 1)),
             ),
         ),

@@ -61,7 +61,7 @@ def solution_set() -> Derivation:
             Step(
                 "another",
                 "Any solution",
-                f"Let ${latex(other)}$ be any edit that does so. This is all that we assume of it.",
+                f"Let ${latex(other)}$ be any edit that reproduces the pre-activation. Nothing else is assumed of it.",
                 any_other,
             ),
         ),
@@ -75,8 +75,8 @@ def solution_set() -> Derivation:
             Step(
                 "no effect",
                 "Edits without effect",
-                f"Take any matrix $M$. The least edit with which $M$ maps ${latex(a_0)}$ to zero is the weight update "
-                f"again, with $M$ for $W$ and zero for ${latex(a_C)}$. It leaves a matrix $N$.",
+                f"Take any matrix $M$. The smallest edit after which $M$ maps ${latex(a_0)}$ to zero is again a weight "
+                f"update, with $M$ in place of $W$ and zero in place of ${latex(a_C)}$. Added to $M$ it gives $N$.",
                 Identity(N, rest),
                 Identity(N * a_0, sp.ZeroMatrix(OUT, 1)),
             ),
@@ -89,8 +89,9 @@ def solution_set() -> Derivation:
             Step(
                 "none is missing",
                 "None is missing",
-                f"With $M = {latex(other - edit)}$ the formula returns ${latex(other)}$. So every solution has "
-                "this form.",
+                f"Both edits reproduce the pre-activation, so ${latex(other - edit)}$ maps ${latex(a_0)}$ to zero. "
+                f"Hence with $M = {latex(other - edit)}$ the formula returns ${latex(other)}$: every solution "
+                "has this form.",
                 Identity(edit + (other - edit) * projector, other),
             ),
         ),

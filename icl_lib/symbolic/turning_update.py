@@ -40,7 +40,8 @@ def turning_update() -> Derivation:
     divisor, stretch = (sp.Symbol(name, positive=True) for name in (r"\rho", r"\kappa"))
     diagonal = sp.DiagMatrix(scale)
     unscaled = vector(r"\tau", WIDTH)
-    names = {normed: read / divisor, unscaled: sp.Inverse(diagonal) * wanted}
+    new_scale = sp.MatrixSymbol(r"\boldsymbol{\gamma}'", WIDTH, 1)
+    names = {new_scale: stretch * scale, normed: read / divisor, unscaled: sp.Inverse(diagonal) * wanted}
 
     # κ from the length: ‖τ/κ‖ = ‖ō‖. Then o' = ρτ/κ.
     [squared] = sp.solve(sp.Symbol("T") / sp.Symbol("K") - sp.Symbol("O"), sp.Symbol("K"))
@@ -92,9 +93,10 @@ def turning_update() -> Derivation:
             Step(
                 "stretch",
                 "Stretch factor",
-                "The lengths determine it.",
+                "The lengths determine it, since it is positive.",
                 Asked(stretch**2, squared_norm(unscaled) / squared_norm(normed)),
                 Asked(stretch, found),
+                Identity(new_scale, stretch * scale),
             ),
             Step(
                 "formula",

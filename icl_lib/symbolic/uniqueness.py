@@ -48,7 +48,7 @@ def uniqueness() -> Derivation:
             Step(
                 "another",
                 "Another solution",
-                "Every other solution is the weight update plus such an $N$, not zero (`solution_set`).",
+                "Every other solution is $\\Delta W + N$, where $N$ is not zero and satisfies this (`solution_set`).",
                 Given(N * a_0, sp.ZeroMatrix(OUT, 1)),
             ),
             least.step("nonzero"),
@@ -70,7 +70,8 @@ def uniqueness() -> Derivation:
             Step(
                 "cross term",
                 "Cross term",
-                f"A trace does not change when its factors are rotated, so ${latex(N * a_0)}$ appears, which is zero.",
+                f"A trace is unchanged by cyclic permutation of its factors, so the factor ${latex(N * a_0)}$ appears, "
+                "which is zero.",
                 Identity(dot(edit, N), dot(multipliers, N * a_0), sp.S.Zero),
             ),
             Step(

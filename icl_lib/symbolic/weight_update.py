@@ -82,8 +82,8 @@ class Problem:
             Step(
                 "effect",
                 "Same pre-activation",
-                f"With the edit, the layer maps ${latex(self.a_0)}$, which it reads without the context, to the vector "
-                f"that it computes from ${latex(self.a_C)}$, which it reads with the context.",
+                f"The edited layer, given ${latex(self.a_0)}$ (read without the context), returns what the original "
+                f"layer returns for ${latex(self.a_C)}$ (read with the context).",
                 Asked((self.W + self.edit) * self.a_0, self.W * self.a_C),
             ),
             Step(
@@ -128,7 +128,7 @@ def _of_any_size() -> Derivation:
             Step(
                 "stationarity",
                 "Stationarity",
-                "At a minimum the gradient by $\\Delta W$ is zero.",
+                "At a minimum the gradient with respect to $\\Delta W$ is zero.",
                 Identity(slope, edit - multipliers * a_0.T),
                 Asked(slope, sp.ZeroMatrix(OUT, IN)),
             ),
@@ -159,9 +159,10 @@ def _of_any_size() -> Derivation:
             Step(
                 "second order",
                 "Minimum",
-                "The Lagrangian is quadratic in the edit. From the stationary point, a change $N$ raises it by half "
-                "the squared norm of $N$. Where the constraint holds, the Lagrangian is half the squared norm of the "
-                "edit, so every other edit that satisfies the constraint is larger.",
+                "The Lagrangian is quadratic in the edit. At the stationary point, with these multipliers, its "
+                "gradient is zero, so adding any $N$ raises it by half the squared norm of $N$. Where the constraint "
+                "holds, the Lagrangian is half the squared norm of the edit. So every other edit that satisfies the "
+                "constraint is larger.",
                 Identity(nearby, problem.lagrangian_name + dot(slope, change) + squared_norm(change) / 2),
                 Asked(nearby - problem.lagrangian_name, squared_norm(change) / 2),
             ),
@@ -218,7 +219,7 @@ def _entry_by_entry(out_features: int, in_features: int) -> Derivation:
             Step(
                 "stationarity",
                 "Stationarity",
-                "At a minimum the derivative by every entry is zero. " + _first_of(len(edit), "equation"),
+                "At a minimum the derivative with respect to every entry is zero. " + _first_of(len(edit), "equation"),
                 First(derivatives, gradient_entries, sp.zeros(*edit.shape)),
             ),
             Step(
@@ -238,8 +239,8 @@ def _entry_by_entry(out_features: int, in_features: int) -> Derivation:
             Step(
                 "multipliers",
                 "Multipliers",
-                f"Here we divide by ${latex(squared_norm(problem.a_0))}$. SymPy proves this sum of squares positive as "
-                f"soon as one entry of ${latex(problem.a_0)}$ is not zero.",
+                f"Here we divide by ${latex(squared_norm(problem.a_0))}$. SymPy proves that this sum of squares is "
+                f"positive whenever some entry of ${latex(problem.a_0)}$ is not zero.",
                 Asked(problem.multipliers, problem.W * (problem.a_C - problem.a_0) / squared_norm(problem.a_0)),
             ),
             Step(
