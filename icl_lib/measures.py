@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+TIMES = "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}"
+"""A number such as 7 × 10⁻¹⁶ must not be broken at the end of a line."""
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
@@ -34,12 +36,12 @@ def wide(tensor: Tensor) -> torch.dtype:
 def scientific(value: float, digits: int = 1) -> str:
     """Write a number with this many significant digits, as it is set in a sentence.
 
-    Powers of ten are used below 0.001 and from 100,000 on.
+    Powers of ten are used below 0.001 and from 100,000 on. The spaces do not break at the end of a line.
 
-    >>> scientific(7.2e-16), scientific(0.0123, 2), scientific(0.0)
-    ('7 × 10⁻¹⁶', '0.012', '0')
-    >>> scientific(-1.26e6, 2)
-    '−1.3 × 10⁶'
+    >>> print(scientific(7.2e-16), scientific(0.0123, 2), scientific(0.0))
+    7 × 10⁻¹⁶ 0.012 0
+    >>> print(scientific(-1.26e6, 2))
+    −1.3 × 10⁶
     """
     if not math.isfinite(value):
         raise ValueError(f"value is {value}: give a finite number.")
@@ -49,8 +51,8 @@ def scientific(value: float, digits: int = 1) -> str:
 def at_most(value: float, digits: int = 1) -> str:
     """Write an upper bound: as :func:`scientific`, but rounded up.
 
-    >>> at_most(7.2e-16), at_most(0.5)
-    ('8 × 10⁻¹⁶', '0.5')
+    >>> print(at_most(7.2e-16), at_most(0.5))
+    8 × 10⁻¹⁶ 0.5
     """
     if not math.isfinite(value):
         raise ValueError(f"value is {value}: give a finite number.")
@@ -63,4 +65,4 @@ def _written(number: Decimal) -> str:
         return "0"
     if -3 <= int(exponent) < 5:
         return f"{number:f}".replace("-", "−")
-    return f"{mantissa} × 10{str(int(exponent)).translate(SUPERSCRIPTS)}".replace("-", "−")
+    return f"{mantissa}{TIMES}10{str(int(exponent)).translate(SUPERSCRIPTS)}".replace("-", "−")

@@ -13,7 +13,7 @@ from icl_lib.experiments import (
     training_curves,
     with_other_tail,
 )
-from icl_lib.measures import relative_error
+from icl_lib.measures import relative_error, scientific
 from icl_lib.regression import TrainingSettings, sample_prompts
 from icl_lib.transformer import Transformer
 
@@ -112,7 +112,7 @@ def test_a_picture_of_the_solution_set_says_what_it_shows():
     norms, edit = row.pictures
     assert "t is 0 and the norm 1.00" in norms.alt
     assert "rank is 1" in edit.alt
-    assert "3 × 10⁻¹⁶" in edit.alt
+    assert scientific(3e-16) in edit.alt
 
 
 def test_pictures_of_a_removal_share_their_axes():

@@ -15,7 +15,7 @@ from test_absorb import lively
 
 from icl_lib import Report, absorb, verify
 from icl_lib.anatomy import anatomy_of
-from icl_lib.measures import relative_error
+from icl_lib.measures import relative_error, scientific
 
 OPTIONS = list(itertools.product([False, True], ["none", "pre", "post"], [False, True], ["query", "self"]))
 
@@ -80,7 +80,7 @@ def test_the_report_as_text_html_and_json():
     assert html.startswith('<div class="icl-report"')
     assert 'tabindex="0" role="region" aria-label="Verification report"' in html  # the keyboard must reach it
     assert html.count("<tr>") == 4
-    assert "The identity holds to 1 × 10⁻¹²" in html
+    assert f"The identity holds to {scientific(1e-12)}" in html
     assert not re.search(r"\de[-+]\d", re.sub(r"<table>.*</table>", "", html, flags=re.DOTALL))
     data = json.loads(report.to_json())
     assert data == report.to_dict()
