@@ -33,7 +33,7 @@ def training_curves(curves: TrainingCurves) -> Figure:
         fig,
         f"Validation loss over {curves.step[-1]} training steps. The curve of the prompted model falls from "
         f"{curves.prompted[0]:.2g} to {curves.prompted[-1]:.2g}; the curve of the edited model on the bare query "
-        f"lies on it. Without an edit the loss stays at {curves.unedited[-1]:.2g}, with another prompt's edit it is "
+        f"lies on it. Without an edit the loss ends at {curves.unedited[-1]:.2g}, with another prompt's edit it ends at "
         f"{curves.swapped[-1]:.2g}.",
     )
 
@@ -88,7 +88,7 @@ def solution_family(
     """The norm of the edits along a line in the solution set, and one of these edits.
 
     Args:
-        steps: distance from the least-norm edit.
+        steps: positions on the line; 0 is the least-norm edit.
         norms: Frobenius norm of each edit.
         matrix: ``[out, in]``, the edit at ``steps[at]``.
         effect: the relative error of that edit in the pre-activation.
@@ -98,7 +98,7 @@ def solution_family(
     limit = np.abs(matrix).max()
     with figure(width=3.6, height=2.8) as (size, ax):
         _walked(ax, steps, norms, at)
-        ax.set(title="norm of the edit", xlabel="distance $t$ along the solution set", ylim=(0, None))
+        ax.set(title="norm of the edit", xlabel="position $t$ on the line", ylim=(0, None))
     with figure(width=2.9, height=2.8) as (heat, ax):
         ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit)
         for (i, j), value in np.ndenumerate(matrix):
@@ -115,7 +115,7 @@ def solution_family(
     return Row(
         Figure(
             size,
-            "The norm of the edits against the distance t from the least one, smallest at t = 0. "
+            "The norm of the edits against their position t on the line, smallest at t = 0. "
             f"Here t is {steps[at]:g} and the norm {norms[at]:.2f}.",
         ),
         Figure(
