@@ -122,6 +122,12 @@ def test_pictures_of_a_removal_share_their_axes():
     assert shared._repr_html_() != own._repr_html_()
 
 
+@pytest.mark.parametrize(("limits", "outside"), [((9.0, (0.0, 0.6)), False), ((9.0, (0.0, 0.3)), True), (None, False)])
+def test_a_right_answer_outside_the_axes_is_named_in_the_legend(limits, outside):
+    row = plots.removal([0, 1], [1.0, 0.0], 0.2, [0.2, 0.2], [0.1, 0.2], 0.4, at=0, limits=limits)
+    assert ("right answer, 0.40: outside" in row.pictures[1].svg) == outside
+
+
 def test_where_a_prompt_writes_is_said_in_words():
     picture = plots.written([[0.0, 1.0], [3.0, 0.5]], ["2", "+"], "edits")
     assert picture.alt.endswith("The largest, 3, is in block 2 at token 1, '2'.")

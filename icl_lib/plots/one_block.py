@@ -33,8 +33,8 @@ def training_curves(curves: TrainingCurves) -> Figure:
         fig,
         f"Validation loss over {curves.step[-1]} training steps. The curve of the prompted model falls from "
         f"{curves.prompted[0]:.2g} to {curves.prompted[-1]:.2g}; the curve of the edited model on the bare query "
-        f"lies on it. Without an edit the loss ends at {curves.unedited[-1]:.2g}, with another prompt's edit it ends at "
-        f"{curves.swapped[-1]:.2g}.",
+        f"lies on it. Without an edit the loss ends at {curves.unedited[-1]:.2g}, with another prompt's edit "
+        f"at {curves.swapped[-1]:.2g}.",
     )
 
 
@@ -56,7 +56,7 @@ def removal(
         prompted: the answer with the full context.
         edited: the edited model's answer with the kept part.
         bare: the unedited model's answer with the kept part. Control.
-        right: the right answer.
+        right: the right answer. Where it is outside the limits, the legend says so.
         at: the case to mark, an index into ``kept``.
         limits: the largest norm and the range of answers on the axes, so that several pictures share them.
     """
@@ -66,7 +66,9 @@ def removal(
         _walked(ax, kept, norms, at)
         ax.set(title="norm of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, most))
     with figure(width=3.3, height=2.9) as (answers, ax):
-        ax.axhline(right, color=COLOURS["green"], linestyle=":", label="right answer")
+        visible = answers_range is None or answers_range[0] <= right <= answers_range[1]
+        name = "right answer" if visible else f"right answer, {_number(right, '.2f')}: outside"
+        ax.axhline(right, color=COLOURS["green"], linestyle=":", label=name)
         ax.axhline(prompted, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="full prompt")
         _walked(ax, kept, bare, at, color=COLOURS["grey"], linestyle="--", label="kept part, no edit")
         _walked(ax, kept, edited, at, label="kept part + edit")
