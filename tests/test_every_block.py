@@ -89,6 +89,18 @@ def test_alignments_against_numpy():
     assert alignment(0 * updates[0, 0], updates[0, 1]).isnan()
 
 
+def test_likeness_with_a_third_table_held_fixed():
+    """Partial correlations against NumPy's inverse matrix of correlations; a common part counts only without it."""
+    tables = torch.randn(3, 9, 9).double()
+    row, column = np.triu_indices(9, 1)
+    inverse = np.linalg.inv(np.corrcoef(tables.numpy()[:, row, column]))
+    wanted = -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1])
+    np.testing.assert_allclose(likeness(*tables), wanted, rtol=1e-9)
+    first, second, common = torch.randn(3, 60, 60).double()
+    alike = [likeness(first + 3 * common, second + 3 * common, fixed) for fixed in (None, common, first)]
+    assert alike[0] > 0.8 and alike[1].abs() < 0.1 and alike[2] > 0.8
+
+
 def test_alignment_within_a_block_is_that_of_the_left_factors_alone():
     model, prompts = TINY.trainer().model.double(), TINY.test_prompts(0).sequence.double()
     shared, own = (absorb(model, prompts, 5, reference).blocks[1].weight for reference in ("query", "self"))

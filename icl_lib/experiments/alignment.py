@@ -46,9 +46,14 @@ def cosines(vectors: Float[Tensor, "*batch blocks width"]) -> Float[Tensor, "*ba
 
 
 def likeness(
-    first: Float[Tensor, "*batch positions positions"], second: Float[Tensor, "*batch positions positions"]
+    first: Float[Tensor, "*batch positions positions"],
+    second: Float[Tensor, "*batch positions positions"],
+    fixed: Float[Tensor, "*batch positions positions"] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Return the correlation of two tables of alignments, over the entries above their diagonals.
+
+    With a table ``fixed`` it is the partial correlation: of what is left of the two tables when their least-squares
+    fits by ``fixed`` are subtracted.
 
     >>> table = torch.tensor([[1.0, 0.2, -0.5], [0.2, 1.0, 0.9], [-0.5, 0.9, 1.0]])
     >>> round(float(likeness(table, table)), 4), round(float(likeness(table, -table)), 4)
@@ -57,6 +62,10 @@ def likeness(
     row, column = torch.triu_indices(first.shape[-1], first.shape[-1], offset=1, device=first.device)
     pairs = torch.stack([first[..., row, column], second[..., row, column]], dim=-2)
     centred = pairs - pairs.mean(-1, keepdim=True)
+    if fixed is not None:
+        other = fixed[..., row, column]
+        other = (other - other.mean(-1, keepdim=True)).unsqueeze(-1)
+        centred = centred - (centred @ other) @ other.mT / (other.mT @ other)
     return cosines(centred)[..., 0, 1]
 
 
