@@ -39,7 +39,7 @@ def test_without_ridge_one_question_has_the_exact_joint_edit():
 
 
 def test_the_first_block_against_numpy():
-    """Ridge regression as least squares with √(λs) I below the data, in a map whose input no edit has changed."""
+    """Ridge regression as least squares with √(μs) I below the data, in a map whose input no edit has changed."""
     model, ridge = shared("Llama"), 0.3
     examples, questions = draw(12)
     reads = {}

@@ -110,17 +110,18 @@ def edited_for_questions(
 
     Block by block, with the tokens of all questions as columns, the edits are
 
-    $$\Delta V = V (Z_C - Z_0)\, Z_0^{\lambda}, \qquad \Delta W_\text{down} = \Delta H\, Y^{\lambda}, \qquad
-      R^{\lambda} = R^\top (R R^\top + \lambda s I)^{-1},$$
+    $$\Delta V = V (Z_C - Z_0)\, Z_0^\top (Z_0 Z_0^\top + \mu s_Z I)^{-1}, \qquad
+      \Delta W_\text{down} = \Delta H\, Y^\top (Y Y^\top + \mu s_Y I)^{-1},$$
 
-    where $s$ is the mean eigenvalue of $R R^\top$. As $\lambda \to 0$ they become those of
-    :func:`icl_lib.theorem.joint_weight_update`; with more tokens than a matrix can serve exactly they are ridge
-    regressions. $Z_0$ and $Y$ are read in the copy, whose earlier blocks are edited already. No gradients are taken.
+    where $s_Z$ and $s_Y$ are the mean eigenvalues of $Z_0 Z_0^\top$ and $Y Y^\top$. As $\mu \to 0$ they become those
+    of :func:`icl_lib.theorem.joint_weight_update` if the columns of $Z_0$ and $Y$ are linearly independent, and
+    least-squares fits otherwise. $Z_0$ and $Y$ are read in the copy, whose earlier blocks are edited already. No
+    gradients are taken.
 
     Args:
         examples: the token ids that precede every question, and that the edits replace.
         questions: token ids, one question a row.
-        ridge: $\lambda$.
+        ridge: the strength of the ridge, $\mu$.
     """
     rows, length = questions.shape
     with_examples = torch.cat([examples.expand(rows, -1), questions], dim=1)
