@@ -27,7 +27,7 @@ def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -
                 ax.plot(token, reading.predicted.mean, color=style["color"], linewidth=7, alpha=0.35)
             _banded(ax, token, reading.norms, label=f"{name}, slope {reading.exponent}", **style)
         if any(reading.predicted is not None for reading in readings.values()):
-            ax.plot([], [], color=INK, linewidth=7, alpha=0.25, label="predicted")
+            ax.plot([], [], color=INK, linewidth=7, alpha=0.25, label="predicted (wide band)")
         means = np.concatenate([reading.norms.mean for reading in readings.values()])
         ax.set(title=title, xscale="log", yscale="log", xlabel="token", ylabel="length of its step")
         ax.set_ylim(min(0.1, means.min()) / 1.3, max(2, means.max()) * 1.3)  # a decade at least
