@@ -4,8 +4,8 @@ The last matrix of the MLP can add it (:func:`output_update`). If a norm follows
 (:func:`scale_update`), or matrix and scale together (:func:`turning_update`).
 
 Source: Goldwaser, Munn, Gonzalvo, Dherin, *Equivalence of Context and Parameter Updates in Modern Transformer Blocks*
-(arXiv 2511.17864, ICML 2026). :func:`turning_update` is this library's own: it does not divide by the normed
-activation.
+(arXiv 2511.17864, ICML 2026). :func:`turning_update` is this library's own: it does not divide by the
+normalised activation.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def scale_update(
     For blocks with a norm between the MLP and the residual stream. Source: Goldwaser et al. (arXiv 2511.17864), for
     Gemma.
 
-    Shapes: ``change`` $\Delta h$ and ``normed`` $\bar o$, the normed activation before it is scaled, are
+    Shapes: ``change`` $\Delta h$ and ``normed`` $\bar o$, the normalised activation before it is scaled, are
     ``[*batch, dim]``. Raises `ValueError` if some $\bar o_j$ is zero and the change there is not, and for NaN and
     infinity.
 

@@ -98,7 +98,8 @@ def test_likeness_with_a_third_table_held_fixed():
     np.testing.assert_allclose(likeness(*tables), wanted, rtol=1e-9)
     first, second, common = torch.randn(3, 60, 60).double()
     alike = [likeness(first + 3 * common, second + 3 * common, fixed) for fixed in (None, common, first)]
-    assert alike[0] > 0.8 and alike[1].abs() < 0.1 and alike[2] > 0.8
+    assert alike[1].abs() < 0.1
+    assert min(alike[0], alike[2]) > 0.8
 
 
 def test_alignment_within_a_block_is_that_of_the_left_factors_alone():
