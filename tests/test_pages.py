@@ -401,6 +401,54 @@ def test_folded_solutions_have_names_of_their_own(visit: Visit, address: str, si
         assert all("Solution" in name for name in names)
 
 
+SEPARATED = """() => [...document.querySelectorAll("article span.math")].filter((formula) => {
+  const next = formula.nextSibling;
+  if (!(next instanceof Text) || !/^[,.;:)]/.test(next.data)) return false;
+  const mark = document.createRange();
+  mark.setStart(next, 0);
+  mark.setEnd(next, 1);
+  const { left, width } = mark.getBoundingClientRect();
+  return width > 0 && left < formula.getBoundingClientRect().left;
+}).length"""
+
+
+def test_no_line_begins_with_the_punctuation_of_a_formula(browser: Browser, address: str, site: Path):
+    bad = apart = 0
+    with visiting(browser, address, viewport=PHONE) as visit:
+        for name in pages(site, "math notranslate"):
+            visit.page.goto(f"{address}/{name}")
+            settle(visit.page)
+            bad += visit.page.evaluate(SEPARATED)
+            visit.page.add_style_tag(content=".unbroken { white-space: normal !important; }")
+            apart += visit.page.evaluate(SEPARATED)
+        assert visit.problems() == []
+    assert bad == 0
+    assert apart > 0, "the control: no formula of the book is at the end of a line"
+
+
+WIDE = """() => [...document.querySelectorAll("article :is(.pst-scrollable-table-container, div.math mjx-container)")]
+  .filter((node) => node.checkVisibility() && node.scrollWidth > node.clientWidth + 60)"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_what_is_too_wide_for_a_phone_has_a_shadow_where_it_goes_on(
+    browser: Browser, address: str, site: Path, theme: str
+):
+    with visiting(browser, address, viewport=PHONE) as visit:
+        visit.page.goto(f"{address}/book/theorem.html")
+        settle(visit.page)
+        visit.page.evaluate("(theme) => { document.documentElement.dataset.theme = theme; }", theme)
+        wide = [each.as_element() for each in visit.page.evaluate_handle(WIDE).get_properties().values()]
+        assert wide
+        for node in wide:
+            for scrolled, shadow in ((0, (False, True)), (100_000, (True, False))):
+                node.evaluate("(node, x) => { node.scrollLeft = x; node.style.color = 'transparent'; }", scrolled)
+                with Image.open(io.BytesIO(node.screenshot())) as picture:
+                    row = picture.convert("L").crop((3, picture.height - 6, picture.width - 3, picture.height - 5))
+                    ends, middle = (row.getpixel((0, 0)), row.getpixel((row.width - 1, 0))), row.getpixel((40, 0))
+                assert tuple(abs(end - middle) > 20 for end in ends) == shadow
+
+
 INKS = """() => {
   const shown = {};
   for (const what of ["h1", "article p", "pre", ".icl-explore svg[role=img]", ".icl-explore output"]) {

@@ -21,3 +21,22 @@ document.addEventListener("DOMContentLoaded", () => {
     if (title) button.setAttribute("aria-label", title);
   }
 });
+
+// A line may be broken on either side of a formula, even before a comma. A formula and its punctuation go into one box.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const formula of document.querySelectorAll(".bd-article span.math")) {
+    const [before, after] = [formula.previousSibling, formula.nextSibling];
+    const opening = before instanceof Text ? before.data.match(/[([“‘]+$/)?.[0].length ?? 0 : 0;
+    const closing = after instanceof Text ? after.data.match(/^[^\s\p{L}\p{N}([“‘]+/u)?.[0].length ?? 0 : 0;
+    if (!opening && !closing) continue;
+    const box = document.createElement("span");
+    box.className = "unbroken";
+    formula.before(box);
+    if (opening) box.append(before.splitText(before.length - opening));
+    box.append(formula);
+    if (closing) {
+      after.splitText(closing);
+      box.append(after);
+    }
+  }
+});
