@@ -126,6 +126,8 @@ def anatomy_of(model: Any) -> Anatomy:
     Raises `ValueError` for an unknown class, with the code that registers it, and for an entry that does not fit the
     model, with the place.
     """
+    if hasattr(model, "_orig_mod"):  # what torch.compile returns
+        raise ValueError("model is compiled, so edits would not reach it: give the model before torch.compile().")
     entry = next((_ENTRIES[cls] for cls in type(model).__mro__ if cls in _ENTRIES), None)
     _require_unadapted(model)
     if entry is None:
@@ -163,15 +165,17 @@ def _require_places(model: nn.Module, anatomy: Anatomy) -> None:
             else:
                 holder, kept = _place(block, where, path), f"{where}.{path}"
                 _require_linear(holder, kept)
-            if id(holder) in owners:
-                raise ValueError(
-                    f"{kept} is the same module as {owners[id(holder)]}, but each needs its own edit: put a copy "
-                    "(copy.deepcopy) at one of the two places."
-                )
-            owners[id(holder)] = kept
+            for part, what in ((holder, "module"), (getattr(holder, "weight", holder), "weight")):
+                if id(part) in owners and owners[id(part)] != kept:
+                    raise ValueError(
+                        f"{kept} is the same {what} as {owners[id(part)]}, but each needs its own edit: put a copy "
+                        "(copy.deepcopy) at one of the two places."
+                    )
+                owners[id(part)] = kept
     for name, module in model.named_modules():
         if module._compiled_call_impl is not None:
-            raise ValueError(f"model.{name} is compiled, so edits would not reach it: give the model before compile().")
+            at = f"model.{name}" if name else "model"
+            raise ValueError(f"{at} is compiled, so edits would not reach it: give the model before compile().")
 
 
 def _require_unadapted(model: Any) -> None:

@@ -17,6 +17,7 @@ import typer
 from torch import Tensor, nn
 
 from icl_lib.absorb import absorb as absorb_prompt
+from icl_lib.language.text import tokens_of
 from icl_lib.report import Report
 from icl_lib.verification import verify as verify_prompt
 
@@ -141,7 +142,7 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        typer.echo(f"error: {_first_line(error)}", err=True)
+        typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -175,8 +176,7 @@ def load(
         raise ValueError(
             f"--model is {name}: neither a folder with a model nor a model on the hub ({_first_line(error)})."
         ) from None
-    before = _ids("prompt", name, prompt, prompt_ids, special=True)
-    after = _ids("query", name, query, query_ids, special=False)
+    before, after = _both_ids(name, prompt, query, prompt_ids, query_ids)
     device_map = "auto" if device == "auto" else _device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -189,33 +189,44 @@ def load(
     return model, ids, len(before)
 
 
-def _ids(name: str, model: str, text: str | None, ids: str | None, special: bool) -> list[int]:
-    """Return the token ids of a text, or those given; prompt and query are tokenised separately."""
-    if (text is None) == (ids is None):
-        raise ValueError(f"give either --{name} or --{name}-ids.")
-    if ids is not None:
-        try:
-            found = [int(part) for part in ids.replace(",", " ").split()]
-        except ValueError:
-            raise ValueError(f"--{name}-ids is {ids!r}: give whole numbers separated by spaces.") from None
-    else:
-        from transformers import AutoTokenizer
+def _both_ids(
+    model: str, prompt: str | None, query: str | None, prompt_ids: str | None, query_ids: str | None
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of prompt and query: two texts are tokenised together."""
+    for name, text, ids in (("prompt", prompt, prompt_ids), ("query", query, query_ids)):
+        if (text is None) == (ids is None):
+            raise ValueError(f"give either --{name} or --{name}-ids.")
+    if (prompt is None) != (query is None):
+        raise ValueError("give prompt and query both as texts or both as token ids: they are tokenised together.")
+    if prompt is None:
+        return _numbers("prompt", prompt_ids), _numbers("query", query_ids)
+    from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model, **_source(model))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{model} has no tokenizer that can be loaded ({_first_line(error)}): give --{name}-ids."
-            ) from None
-        try:
-            found = tokenizer(text, add_special_tokens=special)["input_ids"]
-        except Exception as error:  # tokenizers raises no narrower class
-            raise ValueError(
-                f"--{name} is {text!r}, which the tokenizer cannot encode ({_first_line(error)}): give a text in its "
-                f"vocabulary, or --{name}-ids."
-            ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, **_source(model))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{model} has no tokenizer that can be loaded ({_first_line(error)}): give --prompt-ids and --query-ids."
+        ) from None
+    try:
+        ids, split = tokens_of(tokenizer, prompt, query)
+    except ValueError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower class
+        raise ValueError(
+            f"--prompt and --query are {prompt + query!r}, which the tokenizer cannot encode ({_first_line(error)}): "
+            "give a text in its vocabulary, or --prompt-ids and --query-ids."
+        ) from None
+    return ids[:split], ids[split:]
+
+
+def _numbers(name: str, ids: str) -> list[int]:
+    try:
+        found = [int(part) for part in ids.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"--{name}-ids is {ids!r}: give whole numbers separated by spaces.") from None
     if not found:
-        raise ValueError(f"--{name} holds no token: give a text or token ids.")
+        raise ValueError(f"--{name}-ids holds no token: give one or more token ids.")
     return found
 
 

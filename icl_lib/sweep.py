@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -100,7 +101,7 @@ class _Job:
 
     def identity(self) -> dict:
         fields = json.loads(json.dumps(asdict(self.settings)))  # as read from disk, where tuples are lists
-        return {"run": f"{self.run.__module__}.{self.run.__qualname__}", "settings": fields}
+        return {"run": f"{self.run.__module__}.{self.run.__qualname__}", "code": _code(self.run), "settings": fields}
 
     def path(self) -> Path:
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
@@ -114,11 +115,20 @@ class _Job:
             owned = json.dumps({**record, **self.identity()}, sort_keys=True) == json.dumps(record, sort_keys=True)
         except (ValueError, TypeError):
             owned = False
-        if not owned or record.keys() != {"run", "settings", "versions", "result"}:
+        if not owned or record.keys() != {"run", "code", "settings", "versions", "result"}:
             raise ValueError(
                 f"{self.path()} is not the record of {self.settings}: delete it to run these settings again."
             )
         return record
+
+
+def _code(run: Callable[..., dict]) -> str:
+    """Return a digest of the function's source: another function of the same name is another run, an edited one too."""
+    try:
+        source = inspect.getsource(run)
+    except (OSError, TypeError):  # typed into an interpreter, or compiled
+        source = repr((run.__code__.co_code, run.__code__.co_consts)) if hasattr(run, "__code__") else run.__qualname__
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
 def _checkpoint(record: Path) -> Checkpoint:
@@ -242,6 +252,7 @@ def sweep(
             :class:`Checkpoint` or None.
         settings: instances of frozen dataclasses, no two with the same fields.
         folder: the folder of the records, ``<function>-<hash of function and fields>.json``, and of the checkpoints.
+            The hash covers the function's own source, but not what the function calls.
             Two sweeps may use it at the same time if they have no settings in common.
         workers: number of processes on this machine, by default one per core; 1 runs in this process.
         dask: address of a Dask scheduler, whose workers need this library and ``run``'s module, but not ``folder``.
@@ -249,7 +260,8 @@ def sweep(
             Runs in one worker process take turns, so start workers with ``--nthreads 1``.
         progress: show a progress bar (never while the book is built).
 
-    Returns the records in the order of ``settings``: dicts of ``run``, ``settings``, ``versions`` and ``result``.
+    Returns the records in the order of ``settings``: dicts of ``run``, ``code``, ``settings``, ``versions`` and
+    ``result``.
 
     Raises `ValueError` for a file that is not the record of its settings, and does not overwrite it. Raises
     `ConnectionError` without a scheduler. If runs fail, raises `RuntimeError` with the settings of the first after all

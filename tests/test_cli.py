@@ -30,7 +30,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-TEXT = ["--prompt", "w3 w1 w4 w15 w9", "--query", "w2 w6"]
+TEXT = ["--prompt", "w3 w1 w4 w15 w9 ", "--query", "w2 w6"]
 IDS = ["--prompt-ids", "3 1 4 15 9", "--query-ids", "2, 6"]
 
 
@@ -105,7 +105,7 @@ def test_report_writes_a_file(folder, tmp_path, suffix):
     [
         (["--prompt-ids", "3 1", "--query-ids", "97"], "inputs[0, 2] is 97: this model has the tokens 0 … 96"),
         (["--prompt-ids", "3 one", "--query-ids", "5"], "--prompt-ids is '3 one': give whole numbers"),
-        (["--prompt-ids", "", "--query-ids", "5"], "--prompt holds no token"),
+        (["--prompt-ids", "", "--query-ids", "5"], "--prompt-ids holds no token"),
         (["--prompt", "w1"], "give either --query or --query-ids"),
         ([*TEXT, "--query-ids", "5"], "give either --query or --query-ids"),
         ([*TEXT, "--dtype", "int8"], "--dtype is int8: choose one of float64"),
@@ -157,5 +157,5 @@ def test_a_text_that_the_tokenizer_refuses(tmp_path):
     found = run("verify", "--model", tmp_path, *puzzle, "--json")
     assert (found.exit_code, json.loads(found.stdout)["holds"]) == (0, True)
     found = run("verify", "--model", tmp_path, "--prompt", "2*3=10, ", "--query", "2+8=")
-    assert (found.exit_code, "--prompt is '2*3=10, ', which the tokenizer cannot encode" in found.stderr) == (2, True)
+    assert (found.exit_code, "are '2*3=10, 2+8=', which the tokenizer cannot encode" in found.stderr) == (2, True)
     assert len(found.stderr.splitlines()) == 1

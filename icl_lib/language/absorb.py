@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.anatomy import anatomy_of
-from icl_lib.language.call import bare_call, experts_one_by_one, full_call
+from icl_lib.language.call import accepted, bare_call, experts_one_by_one, full_call
 from icl_lib.language.finder import Reading
 from icl_lib.language.passes import Prompted, bar_over, with_context, without_context
 from icl_lib.language.patch import LanguagePatch
@@ -28,8 +28,8 @@ def absorb_tokens(
     anatomy, first = anatomy_of(model), first_token(context_length, reference, positions)
     outer = outer or anatomy.outer_choices[0]
     with bar_over(len(model.get_submodule(anatomy.blocks)), 2, progress) as bar, experts_one_by_one(model, anatomy):
-        readings, _ = with_context(model, full_call(ids), first, keep=1, outputs=False, visit=bar.update)
-        prompted = prompted_by(ids, context_length, reference, first, readings)
+        readings, _ = with_context(model, full_call(ids), first, keep=1, visit=bar.update)
+        prompted = prompted_by(model, ids, context_length, reference, first, readings)
         blocks, _ = without_context(model, prompted, outer, joint, keep=1, visit=lambda *_: bar.update())
     return LanguagePatch(blocks, anatomy, reference, first, context_length, outer, prompted, joint, weakref.ref(model))
 
@@ -40,8 +40,9 @@ def first_token(context_length: int, reference: str, positions: str | None) -> i
 
 
 def prompted_by(
-    ids: Tensor, context_length: int, reference: str, first: int, readings: tuple[Reading, ...]
+    model: nn.Module, ids: Tensor, context_length: int, reference: str, first: int, readings: tuple[Reading, ...]
 ) -> Prompted:
     """Return the query that remains of these ids, with what the blocks read at its positions with the context."""
     bare = bare_call(ids, context_length, reference, first)
+    bare = {name: part for name, part in bare.items() if name in accepted(model)}
     return Prompted(bare, torch.Size((*ids.shape[:-1], ids.shape[-1] - first)), readings)

@@ -63,7 +63,7 @@ def call_model(model: nn.Module, call: Call, keep: int | None = None, **options:
     """Run the model's own forward pass, with those options that it accepts."""
     known = accepted(model)
     options = {"use_cache": False, **options} | ({"logits_to_keep": keep} if keep else {})
-    return model(**call, **{name: value for name, value in options.items() if name in known})
+    return model(**{name: value for name, value in {**call, **options}.items() if name in known})
 
 
 def accepted(model: nn.Module) -> set[str]:
@@ -93,9 +93,9 @@ def check_tokens(
 ) -> None:
     """Require token ids and a language model that can be edited."""
     anatomy = anatomy_of(model)
-    if not {"input_ids", "position_ids"} <= accepted(model):
+    if "input_ids" not in accepted(model):
         raise ValueError(
-            f"inputs are token ids, but {type(model).__name__} is not called with input_ids and position_ids: give "
+            f"inputs are token ids, but the forward pass of {type(model).__name__} has no argument input_ids: give "
             "this model its float stream, or give a causal language model."
         )
     if inputs.dtype not in (torch.int64, torch.int32):
@@ -116,6 +116,7 @@ def check_tokens(
             f"inputs{where} is {inputs[tuple(where)].item()}: this model has the tokens 0 … {known - 1}. Does the "
             "tokenizer belong to another model?"
         )
+    _require_one_length(inputs, getattr(getattr(model, "config", None), "pad_token_id", None))
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if longest is not None and inputs.shape[-1] > longest:
         raise ValueError(
@@ -142,6 +143,22 @@ def check_tokens(
         raise ValueError(
             "autocast is on, so the edits would be computed in mixed precision: call this outside the autocast block."
         )
+
+
+def _require_one_length(inputs: Tensor, pad: int | None) -> None:
+    """Require prompts of one length: padding tokens would be read as context, since no mask is passed."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if pad is None or len(rows) < 2:
+        return
+    for side, ordered in (("begin", rows), ("end", rows.flip(-1))):
+        padding = (ordered == pad).long().cumprod(-1).sum(-1)
+        if bool((padding != padding[0]).any()):
+            row = int(padding.argmax())
+            raise ValueError(
+                f"inputs hold prompts of different lengths: row {row} {side}s with {int(padding[row])} padding "
+                f"token(s) ({pad}), another row with {int(padding.min())}. The model would read padding as context: "
+                "give prompts of one length, or each prompt by itself."
+            )
 
 
 def check_lengths(length: int, context_length: Any) -> None:

@@ -32,7 +32,7 @@ class Reading:
     Attributes:
         stream: $h_C$; in a parallel block the output of the attention, which is what the context changes.
         read: $z_C$; None in a parallel block.
-        output: the stream after the block, if it is kept.
+        output: the stream after the block.
     """
 
     stream: Tensor | None = None

@@ -92,9 +92,10 @@ def greedy_agreement(
         for step in steps:
             position = torch.full_like(current, ids.shape[1] - 1 + step)
             call = {"input_ids": current, "position_ids": position}
-            readings, wanted = with_context(model, call, 0, outputs=False, **options)
+            readings, wanted = with_context(model, call, 0, **options)
             bare = run(model, call)[:, -1]
-            _, logits = without_context(model, Prompted(call, torch.Size((len(ids), 1)), readings), outer, edits=False)
+            prompted = Prompted(call, torch.Size((len(ids), 1)), readings)
+            _, logits = without_context(model, prompted, outer, edits=False, require=False)
             chosen.append((logits.argmax(-1), wanted.argmax(-1), bare.argmax(-1)))
             errors.append(relative_error(logits, wanted).max().item())
             current = chosen[-1][0][:, None]

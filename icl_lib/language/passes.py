@@ -34,6 +34,8 @@ from icl_lib.language.call import Call, run
 from icl_lib.language.finder import Finder, Reading
 from icl_lib.language.places import edited
 from icl_lib.language.watch import on_output, on_stream
+from icl_lib.measures import relative_error
+from icl_lib.report import TOLERANCE
 from icl_lib.validation import require_finite
 
 
@@ -57,14 +59,12 @@ def with_context(
     call: Call,
     first: int,
     keep: int | None = None,
-    outputs: bool = True,
     visit: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> tuple[tuple[Reading, ...], Tensor]:
     """Run the whole prompt once; return what each block read from position ``first`` on, and the logits there.
 
-    With ``keep``, only the logits of the last ``keep`` positions are computed. With ``outputs``, the streams after the
-    blocks are kept. ``visit`` is called after each block.
+    With ``keep``, only the logits of the last ``keep`` positions are computed. ``visit`` is called after each block.
     """
     anatomy, (rows, length) = anatomy_of(model), call["input_ids"].shape
     blocks = model.get_submodule(anatomy.blocks)
@@ -87,7 +87,7 @@ def with_context(
             if not here.parallel:
                 reader = here.router or here.inner[0]
                 stack.enter_context(edited(block, reader, lambda tokens, _, noted=noted: noted("read", tokens)))
-            on_output(stack, block, lambda out, noted=noted: (outputs and noted("output", out), visit()))
+            on_output(stack, block, lambda out, noted=noted: (noted("output", out), visit()))
         logits = run(model, call, keep or length - first, **options)
     for index, reading in enumerate(readings):
         if reading.stream is None or (reading.read is None and not anatomy.parallel):
@@ -107,6 +107,7 @@ def without_context(
     formed: bool = False,
     keep: int | None = None,
     edits: bool = True,
+    require: bool = True,
     visit: Callable[[int, Tensor], Any] = lambda *_: None,
 ) -> tuple[tuple[LanguageBlockPatch, ...], Tensor]:
     """Run the bare query once and compute the edits during the pass; return them and the logits of the edited model.
@@ -115,6 +116,9 @@ def without_context(
     themselves and rounds as a merged model does, so each block corrects the rounding of those before it. Without
     ``edits``, they are released block by block. ``visit`` is called with the number of each block and the stream after
     it, ``[tokens, width]``.
+
+    With ``require``, raises `ValueError` at the first block whose output is not that of the run with the context: then
+    the block computes something that its anatomy does not say, and the edits are never returned.
     """
     anatomy = anatomy_of(model)
     found: list[LanguageBlockPatch] = []
@@ -125,7 +129,11 @@ def without_context(
             finder.install(stack)
 
             def after(out: Tensor, index: int = index, finder: Finder = finder) -> None:
-                visit(index, out.reshape(-1, out.shape[-1]))
+                out = out.reshape(-1, out.shape[-1])
+                visit(index, out)
+                if require:
+                    wanted = prompted.readings[index].output
+                    require_reproduced(f"{anatomy.blocks}[{index}]", out, wanted, joint, anatomy.scale is not None)
                 patch = finder.edits(prompted.shape)
                 if edits:
                     found.append(patch)
@@ -134,6 +142,29 @@ def without_context(
             on_output(stack, block, after)
         logits = run(model, prompted.bare, keep)
     return tuple(found), logits.reshape(-1, logits.shape[-1])
+
+
+def require_reproduced(where: str, edited: Tensor, prompted: Tensor, joint: bool, rounded: bool) -> None:
+    """Raise `ValueError` if a block with its edits does not output what it outputs with the context.
+
+    The limit is a few times the tolerance of :func:`icl_lib.verification.verify`, wider where an edit that several
+    positions share (``joint``) cannot correct a norm that computes in float32 (``rounded``).
+    """
+    off = float(relative_error(edited, prompted).max())
+    tolerance = max(TOLERANCE[edited.dtype], TOLERANCE[torch.float32] if joint and rounded else 0.0)
+    limit = tolerance * (10 if edited.dtype.itemsize > 2 else 2)
+    if not off <= limit:
+        remedy = (
+            "No one edit serves all positions to this precision: give each position its own edits (Patch.applied), or "
+            "take a shorter query or a wider dtype."
+            if joint
+            else "Either the block computes more than its anatomy says (a factor on a branch, another map with the "
+            "same input, a hook), or the numbers are too ill-conditioned for this dtype."
+        )
+        raise ValueError(
+            f"{where}: with its edits this block's output differs from that with the prompt by {off:.0e}, relatively; "
+            f"rounding explains {limit:.0e}. {remedy}"
+        )
 
 
 def bar_over(blocks: int, passes: int, progress: bool) -> tqdm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,10 @@ from icl_lib.language.passes import Prompted, without_context
 from icl_lib.language.places import matrix_at, vector_at
 from icl_lib.low_rank import LowRank
 from icl_lib.patch import Patch
+
+
+def _no_model() -> None:
+    """Return no model: what a patch that was loaded from a file knows of the model that it was made from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +48,19 @@ class LanguagePatch(Patch):
     is_joint: bool
     source: Callable[[], nn.Module | None]
 
+    def __reduce__(self) -> tuple:
+        # A weak reference cannot be pickled, and the model is not part of the patch.
+        kept = (getattr(self, field.name) for field in fields(self) if field.name != "source")
+        return type(self), (*kept, _no_model)
+
     def bare(self, inputs: Tensor) -> Call:
         """Return the call of the edited model that replaces token ids ``[*batch, n]``: ``model(**patch.bare(ids))``.
 
-        It has the ids without their context, and their positions. For reference ``query`` they are ``[batch, m]``; for
-        reference ``self`` each token is a sequence of its own, ``[batch · positions, 1]``.
+        It has the ids without their context, and their positions if the model takes them. For reference ``query`` they
+        are ``[batch, m]``; for reference ``self`` each token is a sequence of its own, ``[batch · positions, 1]``.
         """
-        return bare_call(inputs, self.context_length, self.reference, self.first)
+        call = bare_call(inputs, self.context_length, self.reference, self.first)
+        return {name: part for name, part in call.items() if name in self.prompted.bare}
 
     def at_query(self) -> LanguagePatch:
         """Return the patch itself if it has edits for the query only."""

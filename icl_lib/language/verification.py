@@ -46,7 +46,7 @@ def verify_tokens(
 
     with bar_over(len(model.get_submodule(anatomy.blocks)), 3, progress) as bar, experts_one_by_one(model, anatomy):
         readings, logits = with_context(model, full_call(ids), first, visit=bar.update)
-        prompted = prompted_by(ids, context_length, reference, first, readings)
+        prompted = prompted_by(model, ids, context_length, reference, first, readings)
         control, output_control = _without_edits(model, prompted, logits, context_length - first, bar.update)
 
         def note(index: int, patched: Tensor) -> None:
@@ -55,7 +55,7 @@ def verify_tokens(
             squared.append((patched - output).to(wide(patched)).square().mean().item())
             bar.update()
 
-        _, edited_logits = without_context(model, prompted, outer, joint, edits=False, visit=note)
+        _, edited_logits = without_context(model, prompted, outer, joint, edits=False, require=False, visit=note)
     return Report(
         model=type(model).__name__,
         reference=reference,

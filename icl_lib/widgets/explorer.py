@@ -172,6 +172,12 @@ def _shown(value: Any, where: str) -> str:
         value = Figure(value, alt=where)
     text = getattr(value, "_repr_html_", lambda: None)()
     if text is not None:
+        if building_book() and "<script" in text.lower():
+            raise ValueError(
+                f"draw returned a {type(value).__name__} for {where}, which draws itself by a script: on a page "
+                "without a kernel its frames would stay blank. Return a Figure, a matplotlib "
+                "figure, or HTML without scripts."
+            )
         return text
     text = getattr(value, "_repr_latex_", lambda: None)()
     if text is not None:
