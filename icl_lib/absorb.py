@@ -266,10 +266,10 @@ def absorb(
         joint: for language models, one edit of each map that serves all positions, instead of one edit for each.
         progress: for language models, show a progress bar over the blocks.
 
-    Raises `ValueError` for a model of unknown anatomy or a compiled one, for inputs that are not finite or not tokens of
-    the model, for a batch with padding, for an empty context, for a context that leaves no query, and, with the block,
-    for an $f$ that is zero. For a language model it raises at the first block whose output with its edits is not that
-    with the prompt: a patch that does not reproduce its prompt is never returned.
+    Raises `ValueError` for a model of unknown anatomy or a compiled one, for inputs that are not finite or not tokens
+    of the model, for a batch with padding, for an empty context, for a context that leaves no query, and, with the
+    block, for an $f$ that is zero. For a language model it raises at the first block whose output with its edits is not
+    that with the prompt: a patch that does not reproduce its prompt is never returned.
 
     >>> from icl_lib import Transformer, TransformerConfig
     >>> model = Transformer(TransformerConfig(dim=3, blocks=5, heads=3, hidden_layers=2)).double()
