@@ -67,8 +67,8 @@ def any_block() -> Derivation:
             Step(
                 "block",
                 "The block with the context",
-                f"The MLP reads ${latex(z_C)}$, the stream ${latex(h_C)}$ or a norm of it, through its inner maps "
-                "alone. $V$ stands for each of them, however many there are. A router $R$ is one as well.",
+                f"The MLP reads a vector ${latex(z_C)}$, such as the stream ${latex(h_C)}$ or a norm of it, through "
+                "its inner maps alone. $V$ stands for each of them, any number. A router $R$ is one as well.",
                 Identity(prompted, names[prompted]),
             ),
             Step(
