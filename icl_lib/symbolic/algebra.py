@@ -1,6 +1,6 @@
 r"""Expressions of whole matrices, multiplied out: the normal form in which two of them are compared.
 
-A matrix expression is a sum of products. :func:`multiplied_out` writes it as such: each product is a *word* of factors
+A matrix expression is a sum of products. ``multiplied_out`` writes it as such: each product is a *word* of factors
 with a number in front. A part of a word that is a row times … times a column is a number and moves to the front as a
 trace. Two expressions are equal when their words and numbers are. Sizes may be symbols, so this proves a statement for
 all sizes at once.
@@ -51,8 +51,8 @@ class Applied(MatrixExpr):
 class Rule(NamedTuple):
     """An equality that is assumed, read from left to right: a product may be replaced by an expression."""
 
-    left: MatrixExpr
-    right: MatrixExpr
+    left: Any
+    right: Any
 
 
 def multiplied_out(expression: Any, rules: Sequence[Rule] = ()) -> dict[Word, sp.Expr]:
