@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import icl_lib
 from icl_lib import dynamics, symbolic
 from icl_lib.symbolic import weight_update
-from icl_lib.symbolic.derivation import Asked, First, Given, Identity, rewritten
+from icl_lib.symbolic.derivation import Asked, First, Given, Identity, Minimise, rewritten
 from icl_lib.symbolic.layout import LINE, width
 from icl_lib.symbolic.notation import latex
 
@@ -87,6 +87,8 @@ class TestEveryDerivation:
         assert len(equations) >= 3
         for equation in equations:
             assert not replaced(derivation, equation, corrupted(equation)).check(), equation.rows
+        for objective in (shown for _, shown in derivation.displayed() if isinstance(shown, Minimise)):
+            assert not replaced(derivation, objective, Minimise(2 * objective.objective)).check(), objective.rows
 
     @derivations
     def test_what_it_displays_holds_for_random_numbers(self, derive):

@@ -6,7 +6,8 @@ A formula that a reader sees is not typed. It is an object made of SymPy express
 - :class:`Identity`: both sides are equal, whatever the symbols are, once names are replaced by what they stand for.
 - :class:`Asked`: an equation for an unknown. It is true of the solution that was found, and of nothing else.
 - :class:`Given`: an assumption that the proofs use, from left to right.
-- :class:`Nonzero`, :class:`Minimise`: conditions, printed only; they say where the others hold.
+- :class:`Minimise`: what is minimised, half the squared norm of the unknown.
+- :class:`Nonzero`: a condition, printed only; it says where the others hold.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sympy.matrices.exceptions import ShapeError
 from icl_lib.symbolic.algebra import Rule, vanishes
 from icl_lib.symbolic.compiled import entry_by_entry, whole_matrices
 from icl_lib.symbolic.layout import rows, stacked
-from icl_lib.symbolic.notation import latex
+from icl_lib.symbolic.notation import latex, squared_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ class Nonzero:
 
 @dataclass(frozen=True, eq=False)
 class Minimise:
-    """What is to be as small as possible."""
+    """What is to be as small as possible: half the squared norm of the unknown, which is what the proofs minimise."""
 
     objective: Any
 
@@ -112,7 +113,7 @@ class Minimise:
         return [rf"\text{{minimise}}\quad {latex(self.objective)}"]
 
     def holds(self, derivation: Derivation) -> bool:
-        return True
+        return vanishes(self.objective - squared_norm(derivation.unknown) / 2)
 
 
 @dataclass(frozen=True, eq=False)

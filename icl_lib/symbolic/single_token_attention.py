@@ -97,7 +97,7 @@ def single_token_attention() -> Derivation:
         arguments={"W_O": W_O, "W_V": W_V, "x": x},
         shapes={"W_O": "dim head", "W_V": "head dim", "x": "dim", "return": "dim"},
         names={share: weight, all_shares: added, first: only_weight, output: of_many},
-        beyond=lambda candidate: (Identity(_entries(candidate, W_O, W_V, x), _by_definition(W_O, W_V, x)),),
+        beyond=lambda candidate: (Identity(_entries(candidate), _by_definition(W_O, W_V, x)),),
     )
 
 
@@ -105,7 +105,7 @@ def _sizes(whole: sp.MatrixExpr) -> sp.MatrixExpr:
     return whole.subs({WIDTH: 2, HEAD: 2})
 
 
-def _entries(candidate: sp.MatrixExpr, *symbols: sp.MatrixSymbol) -> sp.ImmutableMatrix:
+def _entries(candidate: sp.MatrixExpr) -> sp.ImmutableMatrix:
     return sp.ImmutableMatrix(_sizes(candidate).as_explicit())
 
 
