@@ -8,7 +8,7 @@ import sympy as sp
 
 from icl_lib.symbolic.algebra import Applied
 from icl_lib.symbolic.alignment import TwoUpdates
-from icl_lib.symbolic.derivation import Asked, Derivation, Given, Identity, Step
+from icl_lib.symbolic.derivation import Derivation, Given, Identity, Step
 from icl_lib.symbolic.notation import IN, OUT, dot, latex, matrix, number, squared_norm, vector
 
 SOURCE = "This book; the alignment across blocks is that of Innocenti, Achour 2025 (arXiv 2512.11255), Figure A.2"
@@ -49,12 +49,8 @@ def hidden_permutation() -> Derivation:
     def active(reads: sp.MatrixExpr) -> Applied:
         return Applied(r"\sigma", (OUT, 1), reads)
 
-    change, own = (
-        number(
-            r"\operatorname{tr}((P \Delta W^\ell)^\top \Delta W^k) - \operatorname{tr}(\Delta W^{\ell\top} \Delta W^k)"
-        ),
-        P * D,
-    )
+    own = P * D
+    change = dot(own, E) - dot(D, E)
     result = dot(P * u - u, v) * dot(f, g) / (squared_norm(f) * squared_norm(g))
 
     return Derivation(
@@ -97,15 +93,14 @@ def hidden_permutation() -> Derivation:
                 Identity(change, result),
             ),
         ),
-        unknown=change,
+        unknown=number("d"),
         result=result.xreplace(pair.names),
-        statement=Asked(change, result),
+        statement=Identity(change, result),
         arguments={"P": P, **pair.arguments},
         shapes={"P": "out out", **pair.shapes, "return": ""},
         names={
             **pair.names,
             renumbered: (P * W) * (read - f) * f.T / squared_norm(f),
-            change: dot(own, E) - dot(D, E),
         },
         beyond=lambda candidate: (Identity(candidate, change),),
     )
