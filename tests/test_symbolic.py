@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 import icl_lib
 from icl_lib import dynamics, symbolic
 from icl_lib.symbolic import weight_update
-from icl_lib.symbolic.derivation import Asked, First, Given, Identity, Minimise, rewritten
+from icl_lib.symbolic.derivation import Asked, First, Given, Identity, Minimise, Nonzero, rewritten
 from icl_lib.symbolic.layout import LINE, width
-from icl_lib.symbolic.notation import latex
+from icl_lib.symbolic.notation import latex, squared_norm
 
 ROOT = Path(__file__).resolve().parents[1]
 STATEMENTS = [name for name in symbolic.__all__ if name[0].islower()]
@@ -29,6 +29,23 @@ DERIVATIONS = {
     "normalised_lms_heads 3": lambda: symbolic.normalised_lms_heads(3),
 }
 derivations = pytest.mark.parametrize("derive", DERIVATIONS.values(), ids=DERIVATIONS)
+
+
+# These divide by entries of a vector, by a matrix, or by the length of a multiple of the vector in the condition.
+OTHER_CONDITIONS = {"joint_weight_update", "scale_update", "turning_update", "alignment"}
+
+
+def denominators(result):
+    """What a result divides by."""
+    powers = [part for part in sp.preorder_traversal(result) if isinstance(part, sp.Pow | sp.MatPow)]
+    return {power.args[0] for power in powers if power.args[1].is_negative}
+
+
+def displayed_as_nonzero(derivation):
+    """The numbers, and the squared norms of the vectors, that a derivation displays as not zero."""
+    conditions = [of for _, shown in derivation.displayed() if isinstance(shown, Nonzero) for of in shown.of]
+    conditions += [derivation.meaning_of(of, derivation.names) for of in conditions]
+    return {squared_norm(of) if of.is_Matrix else of for of in conditions}
 
 
 def replaced(derivation, old, new):
@@ -89,6 +106,15 @@ class TestEveryDerivation:
             assert not replaced(derivation, equation, corrupted(equation)).check(), equation.rows
         for objective in (shown for _, shown in derivation.displayed() if isinstance(shown, Minimise)):
             assert not replaced(derivation, objective, Minimise(2 * objective.objective)).check(), objective.rows
+
+    @pytest.mark.parametrize("name", [name for name in STATEMENTS if name not in OTHER_CONDITIONS])
+    def test_what_its_result_divides_by_is_displayed_as_nonzero(self, name):
+        """`check` does not prove the conditions, so they are compared with the denominators here."""
+        derivation = DERIVATIONS[name]()
+        assert denominators(derivation.result) <= displayed_as_nonzero(derivation)
+        for condition in [shown for _, shown in derivation.displayed() if isinstance(shown, Nonzero)]:
+            wrong = replaced(derivation, condition, Nonzero(sp.Symbol("E")))  # negative control
+            assert not denominators(derivation.result) or not denominators(wrong.result) <= displayed_as_nonzero(wrong)
 
     @derivations
     def test_what_it_displays_holds_for_random_numbers(self, derive):
