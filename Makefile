@@ -23,10 +23,10 @@ test: book lint ## build the book, then run all tests, those in a real browser i
 	$(BIN)/pytest
 
 figures: $(INSTALLED) ## run the papers' experiments at full scale, an hour or more; options: make figures ARGS=--help
-	$(BIN)/python -m icl_lib.experiments $(ARGS)
+	$(BIN)/python -m icl_lib.paper.experiments $(ARGS)
 
 gpt: $(INSTALLED) ## train the book's small language model, half an hour on one core; options: make gpt ARGS=--help
-	$(BIN)/python -m icl_lib.hidden_rule $(ARGS)
+	$(BIN)/python -m icl_lib.paper.hidden_rule $(ARGS)
 
 # The process keeps memory that it frees and uses again. Otherwise it would ask the system for it each time, which takes
 # long, and how long depends on the other programs that run.
@@ -45,7 +45,7 @@ format: $(INSTALLED) ## put the code in the project's style
 	$(BIN)/ruff format .
 
 picture: $(INSTALLED) ## draw the README's picture
-	$(BIN)/python -c "from icl_lib.figures import *; rank_one_picture(**PLANE_EXAMPLE).save('book/_static/rank-one.svg')"
+	$(BIN)/python -c "from icl_lib.paper.figures import *; rank_one_picture(**PLANE_EXAMPLE).save('book/_static/rank-one.svg')"
 
 clean: ## remove the built book, keep the environment
 	rm -rf _build

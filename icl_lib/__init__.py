@@ -2,20 +2,20 @@
 
 from typing import Any
 
-import icl_lib.language.architectures  # noqa: F401  (registers the anatomies it lists)
+import icl_lib.models.architectures  # noqa: F401  (registers the anatomies it lists)
 from icl_lib.absorb import absorb
-from icl_lib.anatomy import Anatomy, register_anatomy
-from icl_lib.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
-from icl_lib.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
+from icl_lib.blocks.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
+from icl_lib.blocks.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
+from icl_lib.blocks.transformer import Transformer, TransformerConfig
 from icl_lib.language.block_patch import LanguageBlockPatch
 from icl_lib.language.generation import Agreement, greedy_agreement
 from icl_lib.language.patch import LanguagePatch
 from icl_lib.low_rank import LowRank
-from icl_lib.outer import output_update, scale_update, turning_update
+from icl_lib.models.anatomy import Anatomy, register_anatomy
+from icl_lib.output_updates import output_update, scale_update, turning_update
 from icl_lib.patch import BlockPatch, Patch
 from icl_lib.report import Report
 from icl_lib.theorem import alignment, bias_update, joint_weight_update, least_norm_edit, weight_update
-from icl_lib.transformer import Transformer, TransformerConfig
 from icl_lib.verification import verify
 
 __all__ = [

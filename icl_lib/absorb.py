@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import Anatomy, anatomy_of
+from icl_lib.blocks.structure import require_deterministic
 from icl_lib.language.absorb import absorb_tokens
 from icl_lib.language.call import accepted, check_lengths, check_tokens, is_tokens
+from icl_lib.models.anatomy import Anatomy, anatomy_of
 from icl_lib.patch import BlockPatch, Patch, without_context
-from icl_lib.structure import require_deterministic
 from icl_lib.theorem import bias_update, weight_update
 from icl_lib.validation import require_finite, require_float, validated_by
 
@@ -251,7 +251,7 @@ def absorb(
     then also runs once on the bare query (:mod:`icl_lib.language.passes`).
 
     Args:
-        model: any model with an :class:`~icl_lib.anatomy.Anatomy`; it is not changed.
+        model: any model with an :class:`~icl_lib.models.anatomy.Anatomy`; it is not changed.
         inputs: the whole prompt, the query last: the float stream ``[*batch, n, dim]``, or the token ids
             ``[*batch, n]`` of a language model.
         context_length: how many tokens, from the first on, the patch replaces: $1 \dots n - 1$.
@@ -262,7 +262,7 @@ def absorb(
             reference ``query`` and several query tokens, or with token ids, each query token can replace only itself.
         outer: for language models, the parameter that takes the change of the stream: the MLP's last matrix (``down``,
             the default), its bias (``bias``), or the scale of the norm behind it (``scale``). If there is such a norm,
-            ``down`` turns the norm's input, and the scale stretches its output (:func:`icl_lib.outer.turning_update`).
+            ``down`` turns the norm's input, and the scale stretches its output (:func:`icl_lib.output_updates.turning_update`).
         joint: for language models, one edit of each map that serves all positions, instead of one edit for each.
         progress: for language models, show a progress bar over the blocks.
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import Anatomy, anatomy_of
-from icl_lib.edits import edited_linear
+from icl_lib.blocks.edits import edited_linear
+from icl_lib.blocks.structure import replaced
 from icl_lib.low_rank import LowRank
-from icl_lib.structure import replaced
+from icl_lib.models.anatomy import Anatomy, anatomy_of
 
 
 @dataclass(frozen=True, eq=False)

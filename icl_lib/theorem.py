@@ -73,7 +73,7 @@ def weight_update(
 
     It has rank at most one. It is the only edit of least Frobenius norm with $(W + \Delta W)\, a_0 = W a_C$, so the
     only smallest one that gives the same block output for every $f_\theta$. For one given $f_\theta$ there can be
-    smaller edits with the same output: :func:`icl_lib.experiments.smaller_edits`. Source: Dherin et al.
+    smaller edits with the same output: :func:`icl_lib.paper.experiments.smaller_edits`. Source: Dherin et al.
     (arXiv 2507.16003), Theorem 2.2 in version 1, Theorem 2.3 in version 4. Derived in
     :func:`icl_lib.symbolic.weight_update`.
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.absorb import Observation, check_absorb, first_position, observe
-from icl_lib.anatomy import anatomy_of
 from icl_lib.language.call import is_tokens
 from icl_lib.language.verification import verify_tokens
 from icl_lib.measures import relative_error, wide
+from icl_lib.models.anatomy import anatomy_of
 from icl_lib.patch import Patch
 from icl_lib.report import TOLERANCE, Report, by_prompt
 from icl_lib.validation import validated_by

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.experiments.language import VOCABULARY, small_language_model
 from icl_lib.measures import relative_error
+from icl_lib.paper.experiments.language import VOCABULARY, small_language_model
 
 LENGTH = 64
 MIXTURES = ("Mixtral", "Qwen 3 MoE")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from icl_lib.sweep import sweep
+from icl_lib.paper.sweep import sweep
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from icl_lib import LowRank, Transformer, TransformerConfig, absorb, anatomy, verify
+from icl_lib import LowRank, Transformer, TransformerConfig, absorb, verify
 from icl_lib.measures import relative_error
+from icl_lib.models import anatomy
 
 RTOL = 1e-12
 

@@ -11,7 +11,7 @@ from language import LENGTH, prompts, relative, same, shared, state
 from safetensors.torch import load_file
 
 from icl_lib import absorb
-from icl_lib.experiments.language import LANGUAGE_MODELS, small_language_model
+from icl_lib.paper.experiments.language import LANGUAGE_MODELS, small_language_model
 
 # PEFT calls a method of transformers that will have another name in its next major version.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from icl_lib import Transformer, TransformerConfig, absorb, anatomy, verify
-from icl_lib.anatomy import Anatomy, anatomy_of, register_anatomy
+from icl_lib import Transformer, TransformerConfig, absorb, verify
+from icl_lib.models import anatomy
+from icl_lib.models.anatomy import Anatomy, anatomy_of, register_anatomy
 
 
 @pytest.fixture(autouse=True)

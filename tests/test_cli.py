@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from icl_lib.cli import app
-from icl_lib.experiments.language import small_language_model
+from icl_lib.paper.experiments.language import small_language_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -150,7 +150,7 @@ def test_no_arguments_show_help_and_missing_ones_are_wrong_usage(folder):
 
 
 def test_a_text_that_the_tokenizer_refuses(tmp_path):
-    from icl_lib.hidden_rule import export
+    from icl_lib.paper.hidden_rule import export
 
     export(tmp_path)
     puzzle = ["--prompt", "2+3=10, 4+2=12, ", "--query", "2+8="]

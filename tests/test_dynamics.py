@@ -17,7 +17,7 @@ from icl_lib import (
     SoftmaxAttention,
     implicit_update,
 )
-from icl_lib.contextual import tokens
+from icl_lib.blocks.contextual import tokens
 from icl_lib.dynamics import answers, eaten_from_left, normalised_lms, step_alignment, task_gradients, trajectory
 from icl_lib.dynamics.prefixes import read_prefixes, read_suffixes
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from icl_lib import LowRank, absorb, alignment, plots
-from icl_lib.experiments import (
+from icl_lib import LowRank, absorb, alignment
+from icl_lib.paper import plots
+from icl_lib.paper.experiments import (
     BLOCK_COLUMNS,
     COLUMNS,
     EveryBlockSettings,
@@ -27,7 +28,7 @@ from icl_lib.experiments import (
     within_block,
     write_figures,
 )
-from icl_lib.sweep import Checkpoint
+from icl_lib.paper.sweep import Checkpoint
 
 RUNS = 11  # settings of the command with --quick: eight tasks, and what the figures vary
 TINY = EveryBlockSettings(tasks=4, length=6, steps=6)
@@ -246,7 +247,7 @@ def test_figures_are_written_once(tmp_path):
 def test_the_command_survives_kill_9(tmp_path):
     """`make figures`, killed in the middle and started again: what was finished is kept, and each run is there once."""
     folder, summary = tmp_path / "runs", tmp_path / "summary.json"
-    command = [sys.executable, "-m", "icl_lib.experiments", "--quick", "--seeds", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "icl_lib.paper.experiments", "--quick", "--seeds", "1", "--device", "cpu"]
     command += ["--workers", "2", "--folder", str(folder), "--summary", str(summary)]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True

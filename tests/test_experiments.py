@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from icl_lib import ContextualBlock, MeanPooling, implicit_update, plots
-from icl_lib.experiments import (
+from icl_lib import ContextualBlock, MeanPooling, implicit_update
+from icl_lib.blocks.transformer import Transformer
+from icl_lib.measures import relative_error, scientific
+from icl_lib.paper import plots
+from icl_lib.paper.experiments import (
     ONE_BLOCK,
     run_edited,
     small_language_model,
@@ -13,9 +16,7 @@ from icl_lib.experiments import (
     training_curves,
     with_other_tail,
 )
-from icl_lib.measures import relative_error, scientific
-from icl_lib.regression import TrainingSettings, sample_prompts
-from icl_lib.transformer import Transformer
+from icl_lib.paper.regression import TrainingSettings, sample_prompts
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from icl_lib.figures import COLOURS, INK, PLANE_EXAMPLE, Figure, _draw, figure, plane_array, rank_one_picture
+from icl_lib.paper.figures import COLOURS, INK, PLANE_EXAMPLE, Figure, _draw, figure, plane_array, rank_one_picture
 
 
 def curve(slope: float = 1.0, alt: str = "a line") -> Figure:
@@ -31,7 +31,7 @@ def identifiers(svg: str) -> set[str]:
 
 def test_a_drawing_gives_the_same_bytes_again():
     assert curve().svg == curve().svg
-    code = "from icl_lib.figures import *; print(rank_one_picture(**PLANE_EXAMPLE).svg)"
+    code = "from icl_lib.paper.figures import *; print(rank_one_picture(**PLANE_EXAMPLE).svg)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == rank_one_picture(**PLANE_EXAMPLE).svg
 

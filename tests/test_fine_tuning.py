@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from icl_lib import GRU, ContextualBlock, SoftmaxAttention
-from icl_lib.fine_tuning import fine_tune, fine_tuned_losses
-from icl_lib.regression import sample_prompts
+from icl_lib.paper.fine_tuning import fine_tune, fine_tuned_losses
+from icl_lib.paper.regression import sample_prompts
 
 
 def block_of(layer, skip=False):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from icl_lib.hidden_rule import (
+from icl_lib.paper.hidden_rule import (
     ANSWERS,
     HELD_OUT,
     PAIRS,
@@ -41,10 +41,10 @@ from icl_lib.hidden_rule import (
     save_hidden_rule,
     train_hidden_rule,
 )
-from icl_lib.hidden_rule.__main__ import main
-from icl_lib.hidden_rule.checkpoint import DATA
-from icl_lib.hidden_rule.evaluation import BATCH, MOST_QUESTIONS, _draw
-from icl_lib.sweep import Checkpoint
+from icl_lib.paper.hidden_rule.__main__ import main
+from icl_lib.paper.hidden_rule.checkpoint import DATA
+from icl_lib.paper.hidden_rule.evaluation import BATCH, MOST_QUESTIONS, _draw
+from icl_lib.paper.sweep import Checkpoint
 
 PUZZLE, QUERY = "2+3=10, 4+2=12, 2+8=", "2+8="
 SMALL = HiddenRuleSettings(width=16, blocks=1, heads=2, hidden=16, examples=3, steps=30, batch=32, every=10)
@@ -413,9 +413,7 @@ def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_the_library_does_not_need_transformers():
-    code = (
-        "import sys; sys.modules['transformers'] = None; import icl_lib.hidden_rule as h; h.sample_prompts(2, 2, 0)\n"
-    )
+    code = "import sys; sys.modules['transformers'] = None; import icl_lib.paper.hidden_rule as h; h.sample_prompts(2, 2, 0)\n"
     code += "try:\n    h.build(h.HiddenRuleSettings())\nexcept ImportError as error:\n    print(error)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "transformers is missing: pip install 'icl_lib[llm]'.\n"

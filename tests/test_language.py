@@ -12,8 +12,8 @@ import transformers
 from language import LENGTH, MIXTURES, prompts, relative, same, shared, state
 
 from icl_lib import LanguagePatch, Patch, absorb, greedy_agreement, verify
-from icl_lib.anatomy import anatomy_of
-from icl_lib.experiments.language import LANGUAGE_MODELS, small_language_model
+from icl_lib.models.anatomy import anatomy_of
+from icl_lib.paper.experiments.language import LANGUAGE_MODELS, small_language_model
 
 POST_NORM = ("Gemma 3", "OLMo 2")
 

@@ -6,8 +6,8 @@ from language import LENGTH, VOCABULARY, prompts, same, shared, state
 from torch import nn
 
 from icl_lib import Anatomy, Transformer, TransformerConfig, absorb, greedy_agreement, register_anatomy, verify
-from icl_lib.anatomy import ARCHITECTURES, anatomy_of
-from icl_lib.experiments.language import small_language_model
+from icl_lib.models.anatomy import ARCHITECTURES, anatomy_of
+from icl_lib.paper.experiments.language import small_language_model
 
 IDS = torch.arange(LENGTH)[None]
 
@@ -93,7 +93,7 @@ def test_an_entry_that_does_not_fit_is_named(monkeypatch, wrong, says):
 
 
 def test_an_entry_for_a_class_comes_before_that_of_its_architecture(monkeypatch):
-    from icl_lib import anatomy
+    from icl_lib.models import anatomy
 
     monkeypatch.setattr(anatomy, "_ENTRIES", dict(anatomy._ENTRIES))
     model = shared("Llama")

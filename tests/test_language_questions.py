@@ -5,8 +5,9 @@ import pytest
 import torch
 from language import relative, same, shared, state
 
-from icl_lib import absorb, plots
-from icl_lib.experiments import edited_for_questions
+from icl_lib import absorb
+from icl_lib.paper import plots
+from icl_lib.paper.experiments import edited_for_questions
 
 LENGTH = 4
 

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from icl_lib import Anatomy, absorb, verify
-from icl_lib.anatomy import _ENTRIES, ARCHITECTURES
-from icl_lib.experiments import small_language_model
-from icl_lib.language.architectures import LLAMA, MIXTRAL
 from icl_lib.language.text import tokens_of
 from icl_lib.measures import relative_error
+from icl_lib.models.anatomy import _ENTRIES, ARCHITECTURES
+from icl_lib.models.architectures import LLAMA, MIXTRAL
+from icl_lib.paper.experiments import small_language_model
 from icl_lib.widgets import explore
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -2,33 +2,17 @@
 
 import ast
 import re
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from icl_lib.figures import PLANE_EXAMPLE, rank_one_picture
+from icl_lib.paper.figures import PLANE_EXAMPLE, rank_one_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-# A module imports only modules that come before it in this list.
-LAYERS = [
-    "validation environment measures sweep low_rank theorem outer running_average contextual structure edits block "
-    "transformer anatomy report patch language.architectures language.shadow language.places language.watch "
-    "language.call language.adapter language.block_patch language.finder language.passes language.patch "
-    "language.absorb language.verification language.generation language.text absorb verification cli __main__ "
-    "dynamics.prefixes "
-    "dynamics.path dynamics.lms dynamics.from_left dynamics.task regression fine_tuning experiments.one_block "
-    "experiments.alignment experiments.every_block experiments.paper_scale experiments.token_by_token "
-    "experiments.language experiments.__main__ hidden_rule.task hidden_rule.reference hidden_rule.evaluation "
-    "hidden_rule.training hidden_rule.checkpoint hidden_rule.__main__ figures plots.one_block plots.cost "
-    "plots.every_block plots.token_by_token plots.language widgets.page widgets.playground widgets.explorer",
-    "symbolic.algebra symbolic.notation symbolic.layout symbolic.compiled symbolic.derivation symbolic.weight_update "
-    "symbolic.solution_set symbolic.uniqueness symbolic.bias_update symbolic.single_token_attention "
-    "symbolic.position_weight_update symbolic.position_bias_update symbolic.shared_factor symbolic.alignment "
-    "symbolic.hidden_permutation symbolic.any_block symbolic.output_update symbolic.scale_update "
-    "symbolic.turning_update symbolic.joint_weight_update symbolic.expert_updates symbolic.linear_losses "
-    "symbolic.running_average symbolic.normalised_lms symbolic.normalised_lms_heads symbolic.eaten_from_left",
-]
+# A module or package imports only those before it in this list; within a package, no two modules import each other.
+LAYERS = "validation environment measures low_rank theorem output_updates blocks models cli dynamics paper widgets".split()
 
 
 def pins(file):
@@ -69,14 +53,35 @@ def test_binder_installs_what_the_book_was_built_with():
     assert {name: binder[name] for name in shared} == {name: book[name] for name in shared}
 
 
-@pytest.mark.parametrize("layers", LAYERS, ids=["library", "symbolic"])
-def test_imports_go_one_way(layers):
-    order = layers.split()
-    for at, name in enumerate(order):
-        tree = ast.parse((ROOT / "icl_lib" / f"{name.replace('.', '/')}.py").read_text())
-        imports = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        used = {module.removeprefix("icl_lib.") for module in imports if module.startswith("icl_lib.")}
-        assert used <= set(order[:at]), f"{name} imports {used - set(order[:at])}"
+def imports(path):
+    """The modules of icl_lib that a file imports, from the package downward."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.removeprefix("icl_lib.") for name in names if name.startswith("icl_lib.")}
+
+
+def name_of(path):
+    return path.relative_to(ROOT / "icl_lib").with_suffix("").as_posix().replace("/", ".")
+
+
+FILES = {name_of(path): imports(path) for path in sorted((ROOT / "icl_lib").rglob("*.py")) if path.stem != "__init__"}
+
+
+def test_imports_go_one_way():
+    for name, used in FILES.items():
+        layer = name.split(".")[0]
+        tops = {other.split(".")[0] for other in used} - {layer}
+        if layer == "symbolic":
+            assert not tops, f"{name} imports {tops}, but the derivations stand alone"
+        elif layer != "__main__":
+            assert tops <= set(LAYERS[: LAYERS.index(layer)]), f"{name} imports {tops}"
+
+
+def test_no_two_modules_import_each_other():
+    graph = {name: used & FILES.keys() for name, used in FILES.items()}
+    assert len(tuple(TopologicalSorter(graph).static_order())) == len(graph)
+    with pytest.raises(CycleError):  # the sorter notices a circle
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
 
 
 def readme_rows():
@@ -98,11 +103,3 @@ def test_the_readme_table_lists_every_module_in_the_order_of_imports():
             for path in sorted((package / name).rglob("*.py")) or [package / f"{name}.py"] * (name != "static"):
                 used = set(re.findall(r"^\s*(?:from|import) icl_lib\.(\w+)", path.read_text(), re.MULTILINE))
                 assert used <= known, f"{path.name} imports {used - known}, which the README lists below {name}"
-
-
-def test_every_module_has_its_place():
-    found = {
-        path.relative_to(ROOT / "icl_lib").with_suffix("").as_posix().replace("/", ".")
-        for path in (ROOT / "icl_lib").rglob("*.py")
-    }
-    assert {name for name in found if not name.endswith("__init__")} == set(" ".join(LAYERS).split())

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from icl_lib.experiments import ONE_BLOCK
-from icl_lib.regression import TrainingSettings, mean_squared_error, prediction, sample_prompts, train
-from icl_lib.transformer import Transformer
+from icl_lib.blocks.transformer import Transformer
+from icl_lib.paper.experiments import ONE_BLOCK
+from icl_lib.paper.regression import TrainingSettings, mean_squared_error, prediction, sample_prompts, train
 
 SMALL = TrainingSettings(steps=150, batch=64, examples=20, every=50)
 

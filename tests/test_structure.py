@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from icl_lib import ContextualBlock, MeanPooling, implicit_update
-from icl_lib.structure import first_and_last_linear
+from icl_lib.blocks.structure import first_and_last_linear
 
 
 class Form(nn.Module):

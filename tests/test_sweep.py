@@ -18,8 +18,8 @@ import sweep_runs
 import torch
 from sweep_runs import Inner, Task, until
 
-from icl_lib import sweep as module
-from icl_lib.sweep import Checkpoint, sweep
+from icl_lib.paper import sweep as module
+from icl_lib.paper.sweep import Checkpoint, sweep
 
 TESTS = Path(__file__).resolve().parent
 

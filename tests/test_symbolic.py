@@ -439,7 +439,7 @@ def function_of(name):
         getattr(icl_lib, name, None),
         getattr(dynamics, name, None),
         getattr(dynamics.Trajectory, name, None),
-        getattr(__import__("icl_lib.running_average", fromlist=[words]), words, None),
+        getattr(__import__("icl_lib.blocks.running_average", fromlist=[words]), words, None),
     ]
     return next((place for place in places if place is not None), None)
 

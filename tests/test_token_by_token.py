@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from icl_lib import ContextualBlock, SoftmaxAttention, Transformer, implicit_update, plots
+from icl_lib import ContextualBlock, SoftmaxAttention, Transformer, implicit_update
 from icl_lib.dynamics import normalised_lms, trajectory
-from icl_lib.experiments import (
+from icl_lib.paper import plots
+from icl_lib.paper.experiments import (
     ONE_BLOCK,
     compare_with_sgd,
     decay_exponent,
@@ -16,7 +17,7 @@ from icl_lib.experiments import (
     recurrent_block,
     token_by_token,
 )
-from icl_lib.regression import TrainingSettings, sample_prompts, train
+from icl_lib.paper.regression import TrainingSettings, sample_prompts, train
 
 PROMPTS = sample_prompts(count=6, examples=9, features=2, seed=1)
 

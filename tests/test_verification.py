@@ -14,8 +14,8 @@ import torch
 from test_absorb import lively
 
 from icl_lib import Report, absorb, verify
-from icl_lib.anatomy import anatomy_of
 from icl_lib.measures import relative_error, scientific
+from icl_lib.models.anatomy import anatomy_of
 
 OPTIONS = list(itertools.product([False, True], ["none", "pre", "post"], [False, True], ["query", "self"]))
 

@@ -14,7 +14,7 @@ import sympy
 import torch
 from IPython.display import HTML
 
-from icl_lib.figures import Figure, figure
+from icl_lib.paper.figures import Figure, figure
 from icl_lib.widgets import Playground, explore, explorer
 from icl_lib.widgets.page import page_html
 

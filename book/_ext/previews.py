@@ -49,7 +49,7 @@ def configure(app: Any, config: Any) -> None:
 
 def draw_card(path: Path, title: str) -> None:
     """Draw the picture of a preview, 1200 × 630 pixels."""
-    from icl_lib.figures import PLANE_EXAMPLE, draw_rank_one, figure
+    from icl_lib.paper.figures import PLANE_EXAMPLE, draw_rank_one, figure
 
     with figure(width=8, height=4.2, columns=2) as (fig, planes):
         fig.get_layout_engine().set(w_pad=0.2, h_pad=0.15)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl_lib.block import ContextualBlock, check_block_prompt
+from icl_lib.blocks.block import ContextualBlock, check_block_prompt
 from icl_lib.dynamics.prefixes import read_suffixes
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import weight_update
@@ -65,7 +65,7 @@ def eaten_from_left(
 
     Shapes: ``context`` ``[*batch, n, dim]`` with ``n ≥ 1``, ``query`` ``[*batch, dim]``.
 
-    Raises `ValueError` as :func:`icl_lib.block.implicit_update` does, and where some $r_i$ is zero.
+    Raises `ValueError` as :func:`icl_lib.blocks.block.implicit_update` does, and where some $r_i$ is zero.
 
     >>> from icl_lib import SoftmaxAttention
     >>> block = ContextualBlock(SoftmaxAttention(dim=4), torch.nn.Linear(4, 16)).double()

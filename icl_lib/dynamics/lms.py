@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icl_lib.blocks.running_average import RunningAverage
 from icl_lib.dynamics.path import Trajectory
-from icl_lib.running_average import RunningAverage
 from icl_lib.validation import validated_by
 
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl_lib.block import ContextualBlock, check_block_prompt
+from icl_lib.blocks.block import ContextualBlock, check_block_prompt
 from icl_lib.dynamics.prefixes import Prefixes, read_prefixes
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import weight_update
@@ -103,11 +103,11 @@ def trajectory(
 
     (In a block with a skip connection the output bias moves as well, by ``bias_updates``.)
     Source: Dherin et al. (arXiv 2507.16003), version 1, section 3. For a layer with a method ``average`` or
-    ``prefixes`` (:mod:`icl_lib.contextual`) this takes one pass and $O(n)$ memory; for others, one pass per prefix.
+    ``prefixes`` (:mod:`icl_lib.blocks.contextual`) this takes one pass and $O(n)$ memory; for others, one pass per prefix.
 
     Shapes: ``context`` ``[*batch, n, dim]`` with ``n ≥ 1``, ``query`` ``[*batch, dim]``. The block is left as it was.
 
-    Raises `ValueError` as :func:`icl_lib.block.implicit_update` does.
+    Raises `ValueError` as :func:`icl_lib.blocks.block.implicit_update` does.
 
     >>> from icl_lib import SoftmaxAttention
     >>> mlp = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icl_lib.block import ContextualBlock
-from icl_lib.running_average import RunningAverage
+from icl_lib.blocks.block import ContextualBlock
+from icl_lib.blocks.running_average import RunningAverage
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Prefixes:
 def read_prefixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Prefixes:
     r"""$A(c_1 \dots c_i, x)$ for every $i$ from 0 to $n$.
 
-    One pass where the layer has a method ``average`` or ``prefixes`` (:mod:`icl_lib.contextual`) whose results agree
+    One pass where the layer has a method ``average`` or ``prefixes`` (:mod:`icl_lib.blocks.contextual`) whose results agree
     with the layer's own for no token, one token, half of them and all; otherwise one pass for each prefix.
     """
     layer, n = block.contextual, context.shape[-2]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl_lib.block import ContextualBlock
+from icl_lib.blocks.block import ContextualBlock
 from icl_lib.dynamics.path import Trajectory
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import alignment

@@ -7,11 +7,11 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import anatomy_of
 from icl_lib.language.call import accepted, bare_call, experts_one_by_one, full_call
 from icl_lib.language.finder import Reading
 from icl_lib.language.passes import Prompted, bar_over, with_context, without_context
 from icl_lib.language.patch import LanguagePatch
+from icl_lib.models.anatomy import anatomy_of
 
 
 def absorb_tokens(

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import is_transposed
 from icl_lib.language.places import split
 from icl_lib.low_rank import LowRank
+from icl_lib.models.anatomy import is_transposed
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import Anatomy
 from icl_lib.language.places import edited, edited_experts, full_scale, matrix_at, rescaled, split
 from icl_lib.low_rank import LowRank
+from icl_lib.models.anatomy import Anatomy
 from icl_lib.validation import require_finite
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import Anatomy, anatomy_of
-from icl_lib.structure import require_deterministic
+from icl_lib.blocks.structure import require_deterministic
+from icl_lib.models.anatomy import Anatomy, anatomy_of
 
 Call = dict[str, Tensor]
 

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import Anatomy
 from icl_lib.language.block_patch import LanguageBlockPatch
 from icl_lib.language.places import edited, edited_experts, matrix_at, rescaled, split
 from icl_lib.language.watch import on_stream
 from icl_lib.low_rank import LowRank
-from icl_lib.outer import output_update, scale_update, turning_update
+from icl_lib.models.anatomy import Anatomy
+from icl_lib.output_updates import output_update, scale_update, turning_update
 from icl_lib.theorem import joint_weight_update, least_norm_edit, weight_update
 
 
@@ -98,7 +98,7 @@ class Finder:
         """Return the edits, with the leading dimensions ``shape``."""
         if not self.found_outer or not set(self.anatomy.inner) <= {split(path)[0] for path in self.found_inner}:
             raise ValueError(
-                f"{self.where}: a map named in its anatomy is never called: correct the entry, see icl_lib.anatomy."
+                f"{self.where}: a map named in its anatomy is never called: correct the entry, see icl_lib.models.anatomy."
             )
 
         def shaped(path: str, edit: LowRank | Tensor) -> LowRank | Tensor:
@@ -128,7 +128,7 @@ class Finder:
         if not (isinstance(output, tuple) and len(output) == 3):
             raise ValueError(
                 f"{self.where}.{self.anatomy.router} returns a {type(output).__name__}: a router must return (logits, "
-                "gates, chosen experts), see icl_lib.anatomy."
+                "gates, chosen experts), see icl_lib.models.anatomy."
             )
         _, gates, chosen = output
         self.gates = gates.to(self.change.dtype).sum(-1, keepdim=True)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from icl_lib.anatomy import anatomy_of
 from icl_lib.environment import building_book
 from icl_lib.language.call import accepted, check_tokens, experts_one_by_one, full_call, run
 from icl_lib.language.passes import Prompted, with_context, without_context
 from icl_lib.measures import relative_error
+from icl_lib.models.anatomy import anatomy_of
 from icl_lib.validation import require_size, validated_by
 
 

@@ -7,7 +7,7 @@ $$\Delta V = \frac{V (z_C - z_0) z_0^\top}{\lVert z_0 \rVert^2}, \qquad \Delta h
 
 for every linear map $V$ that reads $z$. The difference $\Delta h$ is added by a bias, $\Delta b' = \Delta h$, by the
 last matrix, $\Delta W_\text{down} = \Delta h\, y^\top / \lVert y \rVert^2$, or by a norm after the MLP
-(:mod:`icl_lib.outer`).
+(:mod:`icl_lib.output_updates`).
 Each edit is computed when its weight is used and applied at once. So block $\ell$ reads the output of the edited blocks
 before it, and the logits of the second pass are those of the edited model.
 
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from icl_lib.anatomy import anatomy_of
 from icl_lib.environment import building_book
 from icl_lib.language.block_patch import LanguageBlockPatch
 from icl_lib.language.call import Call, run
@@ -35,6 +34,7 @@ from icl_lib.language.finder import Finder, Reading
 from icl_lib.language.places import edited
 from icl_lib.language.watch import on_output, on_stream
 from icl_lib.measures import relative_error
+from icl_lib.models.anatomy import anatomy_of
 from icl_lib.report import TOLERANCE
 from icl_lib.validation import require_finite
 
@@ -74,7 +74,7 @@ def with_context(
         if getattr(reading, name) is not None:
             raise ValueError(
                 f"{where}: the module that the anatomy names as its {name} is called twice in one pass: correct the "
-                "entry, see icl_lib.anatomy."
+                "entry, see icl_lib.models.anatomy."
             )
         tokens = tokens.detach().reshape(rows, length, -1)[:, first:]
         setattr(reading, name, tokens.reshape(-1, tokens.shape[-1]).clone())
@@ -93,7 +93,7 @@ def with_context(
         if reading.stream is None or (reading.read is None and not anatomy.parallel):
             raise ValueError(
                 f"{anatomy.blocks}[{index}]: the modules that the anatomy names as its stream and its first inner map "
-                "are not both called: correct the entry, see icl_lib.anatomy."
+                "are not both called: correct the entry, see icl_lib.models.anatomy."
             )
     require_finite("the model's logits", logits, "look for NaN in its weights; if it overflows, use a wider dtype.")
     return readings, logits.reshape(-1, logits.shape[-1])

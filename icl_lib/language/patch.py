@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import Anatomy, anatomy_of
 from icl_lib.language.adapter import write_adapter
 from icl_lib.language.block_patch import LanguageBlockPatch, apply_edits, merge_edit
 from icl_lib.language.call import Call, bare_call, experts_one_by_one
 from icl_lib.language.passes import Prompted, without_context
 from icl_lib.language.places import matrix_at, vector_at
 from icl_lib.low_rank import LowRank
+from icl_lib.models.anatomy import Anatomy, anatomy_of
 from icl_lib.patch import Patch
 
 

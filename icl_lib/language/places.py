@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import is_transposed
 from icl_lib.language.shadow import EditedExperts, EditedWeight, shadowed
+from icl_lib.models.anatomy import is_transposed
 
 
 def split(path: str) -> tuple[str, int | None]:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.anatomy import anatomy_of
 from icl_lib.language.absorb import first_token, prompted_by
 from icl_lib.language.call import experts_one_by_one, full_call, run
 from icl_lib.language.passes import Prompted, bar_over, with_context, without_context
 from icl_lib.language.watch import on_output
 from icl_lib.measures import relative_error, wide
+from icl_lib.models.anatomy import anatomy_of
 from icl_lib.report import TOLERANCE, Report
 
 CONTROLS = 32

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from icl_lib.anatomy import Anatomy
+from icl_lib.models.anatomy import Anatomy
 
 
 def on_stream(stack: contextlib.ExitStack, block: nn.Module, anatomy: Anatomy, see: Callable[[Tensor], Any]) -> None:

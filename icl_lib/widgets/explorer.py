@@ -16,7 +16,7 @@ import ipywidgets
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from icl_lib.environment import building_book
-from icl_lib.figures import Figure
+from icl_lib.paper.figures import Figure
 from icl_lib.widgets.page import Page, page_html
 
 MAX_FRAMES = 200
@@ -38,7 +38,7 @@ def explore(
     combination of values, and the page gets the same controls with these frames.
 
     Args:
-        draw: called as ``draw(k=3, trained=False)``. Returns a :class:`~icl_lib.figures.Figure`, a matplotlib figure,
+        draw: called as ``draw(k=3, trained=False)``. Returns a :class:`~icl_lib.paper.figures.Figure`, a matplotlib figure,
             anything with ``_repr_html_`` or ``_repr_latex_``, a string, a number, or a list of these.
         initial: the values to start from, by name; otherwise the first of each control.
         labels: what to call a control, by name; otherwise its name, with spaces for underscores.

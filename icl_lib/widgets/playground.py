@@ -9,7 +9,7 @@ import anywidget
 import traitlets
 
 from icl_lib.environment import building_book
-from icl_lib.figures import PLANE_EXAMPLE, plane_array, rank_one_picture
+from icl_lib.paper.figures import PLANE_EXAMPLE, plane_array, rank_one_picture
 from icl_lib.widgets.page import STATIC, page_html
 
 

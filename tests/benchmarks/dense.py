@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from icl_lib import Transformer
-from icl_lib.transformer import Block
+from icl_lib.blocks.transformer import Block
 
 LIMIT = 8e9
 """The largest size of the matrices in bytes."""

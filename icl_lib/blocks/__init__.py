@@ -1,0 +1,1 @@
+"""One block: contextual layers, a block made of one and an MLP, and the papers' transformer."""

@@ -1,0 +1,70 @@
+"""The papers' experiments as functions from settings to data; :mod:`icl_lib.paper.plots` draws them."""
+
+from icl_lib.paper.experiments.alignment import between_blocks, cosines, likeness, renumbered, within_block
+from icl_lib.paper.experiments.every_block import (
+    BLOCK_COLUMNS,
+    COLUMNS,
+    EveryBlockSettings,
+    measure_every_block,
+    run_every_block,
+)
+from icl_lib.paper.experiments.language import LANGUAGE_MODELS, edited_for_questions, small_language_model
+from icl_lib.paper.experiments.one_block import (
+    ONE_BLOCK,
+    TrainingCurves,
+    run_edited,
+    smaller_edits,
+    training_curves,
+    validate,
+    with_other_tail,
+)
+from icl_lib.paper.experiments.paper_scale import VARIED, paper_settings, summarise, write_figures
+from icl_lib.paper.experiments.token_by_token import (
+    BesideSGD,
+    Cosines,
+    Estimate,
+    TokenByToken,
+    compare_with_sgd,
+    decay_exponent,
+    estimate,
+    ranks_from_left,
+    read_token_by_token,
+    recurrent_block,
+)
+
+__all__ = [
+    "BLOCK_COLUMNS",
+    "COLUMNS",
+    "LANGUAGE_MODELS",
+    "ONE_BLOCK",
+    "VARIED",
+    "BesideSGD",
+    "Cosines",
+    "Estimate",
+    "EveryBlockSettings",
+    "TokenByToken",
+    "TrainingCurves",
+    "between_blocks",
+    "compare_with_sgd",
+    "cosines",
+    "decay_exponent",
+    "edited_for_questions",
+    "estimate",
+    "likeness",
+    "measure_every_block",
+    "paper_settings",
+    "ranks_from_left",
+    "read_token_by_token",
+    "recurrent_block",
+    "renumbered",
+    "run_edited",
+    "run_every_block",
+    "small_language_model",
+    "smaller_edits",
+    "summarise",
+    "training_curves",
+    "validate",
+    "with_other_tail",
+    "within_block",
+    "write_figures",
+]

@@ -1,0 +1,50 @@
+"""The puzzle with a hidden rule, and the small language model trained on it."""
+
+from icl_lib.paper.hidden_rule.checkpoint import export, load_hidden_rule, save_hidden_rule, tokenizer
+from icl_lib.paper.hidden_rule.evaluation import accuracy, measure, measure_edited, measure_swapped, replies
+from icl_lib.paper.hidden_rule.reference import agreeing, ambiguous, best_accuracy, identified, posterior
+from icl_lib.paper.hidden_rule.task import (
+    ANSWERS,
+    FORMS,
+    HELD_OUT,
+    PAIRS,
+    RULES,
+    VOCABULARY,
+    Prompts,
+    Rule,
+    Vocabulary,
+    sample_prompts,
+)
+from icl_lib.paper.hidden_rule.training import HiddenRuleSettings, HiddenRuleTrainer, build, losses, train_hidden_rule
+
+__all__ = [
+    "ANSWERS",
+    "FORMS",
+    "HELD_OUT",
+    "PAIRS",
+    "RULES",
+    "VOCABULARY",
+    "HiddenRuleSettings",
+    "HiddenRuleTrainer",
+    "Prompts",
+    "Rule",
+    "Vocabulary",
+    "accuracy",
+    "agreeing",
+    "ambiguous",
+    "best_accuracy",
+    "build",
+    "export",
+    "identified",
+    "load_hidden_rule",
+    "losses",
+    "measure",
+    "measure_edited",
+    "measure_swapped",
+    "posterior",
+    "replies",
+    "sample_prompts",
+    "save_hidden_rule",
+    "tokenizer",
+    "train_hidden_rule",
+]

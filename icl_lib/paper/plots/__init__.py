@@ -1,0 +1,47 @@
+"""The chapters' figures as functions from data to a :class:`~icl_lib.paper.figures.Figure`."""
+
+from icl_lib.paper.plots.cost import scaling
+from icl_lib.paper.plots.every_block import (
+    alignments,
+    differences,
+    errors_by_block,
+    errors_by_depth,
+    losses,
+    norms,
+    renumberings,
+    varied,
+)
+from icl_lib.paper.plots.language import written
+from icl_lib.paper.plots.one_block import removal, solution_family, training_curves
+from icl_lib.paper.plots.token_by_token import (
+    increments,
+    invented_losses,
+    learning,
+    ranks,
+    scrubbed,
+    step_cosines,
+    token_losses,
+)
+
+__all__ = [
+    "alignments",
+    "differences",
+    "errors_by_block",
+    "errors_by_depth",
+    "increments",
+    "invented_losses",
+    "learning",
+    "losses",
+    "norms",
+    "ranks",
+    "removal",
+    "renumberings",
+    "scaling",
+    "scrubbed",
+    "solution_family",
+    "step_cosines",
+    "token_losses",
+    "training_curves",
+    "varied",
+    "written",
+]

@@ -1,0 +1,37 @@
+"""Pictures of the edits of a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from icl_lib.paper.figures import Figure, figure
+
+
+def written(sizes: Any, tokens: Sequence[str], title: str, largest: float | None = None) -> Figure:
+    """Draw the size of each block's edits at each token as a heat map.
+
+    Args:
+        sizes: ``[blocks, tokens]``.
+        tokens: the labels of the columns.
+        title: of the figure.
+        largest: the upper end of the colour scale, so that several figures can share one; by default the largest size.
+    """
+    sizes = np.asarray(sizes)
+    with figure(width=6.4, height=2.6) as (fig, ax):
+        picture = ax.imshow(sizes, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
+        ax.grid(visible=False)
+        ax.spines[:].set_visible(False)
+        ax.set(title=title, ylabel="block")
+        ax.set_xticks(range(len(tokens)), tokens)
+        ax.set_yticks(range(len(sizes)), [str(block + 1) for block in range(len(sizes))])
+        ax.tick_params(length=0)
+        fig.colorbar(picture, ax=ax, shrink=0.9, label="norm of the edits")
+    block, token = np.unravel_index(sizes.argmax(), sizes.shape)
+    return Figure(
+        fig,
+        f"{title}: heat map of the size of the edits, {len(sizes)} blocks by {len(tokens)} tokens. The largest, "
+        f"{sizes.max():.2g}, is in block {block + 1} at token {token + 1}, {tokens[token]!r}.",
+    )
