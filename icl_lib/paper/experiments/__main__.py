@@ -26,8 +26,7 @@ def main(
         Path | None,
         typer.Option(help="file of the summary; default book/data/every_block.json, or in the trial's folder"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="local processes; default one for each core", min=1)] = None,
-    dask: Annotated[str | None, typer.Option(help="address of a Dask scheduler, tcp://host:8786")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; default one for each core", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one")] = "auto",
 ) -> None:
     """Run every setting of the paper's figures for several seeds, and write the summary that the book reads.
@@ -39,7 +38,7 @@ def main(
     folder = folder or (TRIAL if quick else PAPER)
     summary = summary or (folder / "summary" / "every_block.json" if quick else Path("book/data/every_block.json"))
     base = EveryBlockSettings(device=device, **({"steps": 5, "tasks": 8} if quick else {}))
-    result = write_figures(folder, summary, paper_settings(base, seeds), workers, dask)
+    result = write_figures(folder, summary, paper_settings(base, seeds), workers)
     for one in result["runs"]:
         changed = {name: value for name, value in one["settings"].items() if value != getattr(base, name)}
         first, last = (one["experiment"]["median"][step] for step in (0, -1))

@@ -105,7 +105,6 @@ def write_figures(
     summary: str | Path,
     settings: Sequence[EveryBlockSettings],
     workers: int | None = None,
-    dask: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Run all settings that have no record in ``folder`` yet, and write the summary of all as JSON.
@@ -113,9 +112,9 @@ def write_figures(
     Args:
         folder: the folder of the records, one file for each run.
         summary: the file that the book reads.
-        settings, workers, dask, progress: as for :func:`icl_lib.paper.sweep.sweep`.
+        settings, workers, progress: as for :func:`icl_lib.paper.sweep.sweep`.
     """
-    records = sweep(run_every_block, settings, folder, workers=workers, dask=dask, progress=progress)
+    records = sweep(run_every_block, settings, folder, workers=workers, progress=progress)
     result = {
         "paper": "Innocenti and Achour, arXiv 2512.11255",
         "defaults": asdict(EveryBlockSettings()),
