@@ -3,20 +3,20 @@
 from typing import Any
 
 import icl_lib.models.architectures  # noqa: F401  (registers the anatomies it lists)
-from icl_lib.absorb import absorb
 from icl_lib.blocks.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.blocks.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.blocks.transformer import Transformer, TransformerConfig
-from icl_lib.language.block_patch import LanguageBlockPatch
-from icl_lib.language.generation import Agreement, greedy_agreement
-from icl_lib.language.patch import LanguagePatch
 from icl_lib.low_rank import LowRank
+from icl_lib.models.absorb import absorb
 from icl_lib.models.anatomy import Anatomy, register_anatomy
+from icl_lib.models.block_patch import BlockPatch
+from icl_lib.models.generation import Agreement, greedy_agreement
+from icl_lib.models.patch import Patch
+from icl_lib.models.report import Report
+from icl_lib.models.text import tokens_of
+from icl_lib.models.verify import verify
 from icl_lib.output_updates import output_update, scale_update, turning_update
-from icl_lib.patch import BlockPatch, Patch
-from icl_lib.report import Report
 from icl_lib.theorem import alignment, bias_update, joint_weight_update, least_norm_edit, weight_update
-from icl_lib.verification import verify
 
 __all__ = [
     "GRU",
@@ -25,8 +25,6 @@ __all__ = [
     "BlockPatch",
     "ContextualBlock",
     "ImplicitUpdate",
-    "LanguageBlockPatch",
-    "LanguagePatch",
     "LinearAttention",
     "LowRank",
     "MeanPooling",
@@ -48,6 +46,7 @@ __all__ = [
     "output_update",
     "register_anatomy",
     "scale_update",
+    "tokens_of",
     "turning_update",
     "verify",
     "weight_update",

@@ -11,8 +11,8 @@ import torch
 import transformers
 from language import LENGTH, MIXTURES, prompts, relative, same, shared, state
 
-from icl_lib import LanguagePatch, Patch, absorb, greedy_agreement, verify
-from icl_lib.models.anatomy import anatomy_of
+from icl_lib import Patch, absorb, greedy_agreement, verify
+from icl_lib.models.anatomy import known_anatomy
 from icl_lib.paper.experiments.language import LANGUAGE_MODELS, small_language_model
 
 POST_NORM = ("Gemma 3", "OLMo 2")
@@ -318,7 +318,7 @@ def test_batches_of_any_shape():
 def test_a_wrong_edit_is_reported(monkeypatch):
     """The check can fail: with an epsilon in the denominator, or with an edit left out, it does."""
     model, ids = shared("Llama"), prompts(1)
-    module = sys.modules["icl_lib.language.finder"]
+    module = sys.modules["icl_lib.models.block_edits"]
     for formula, factor in itertools.product(("weight_update", "output_update"), (1 + 1e-8, 0.0)):
         right = getattr(module, formula)
         with monkeypatch.context() as patched:
@@ -357,9 +357,9 @@ def test_a_bar_over_blocks(capsys, monkeypatch):
 
 def test_the_patch_is_light_and_says_what_it_is():
     patch = absorb(shared("Llama"), prompts(1), LENGTH - 1)
-    assert isinstance(patch, LanguagePatch)
+    assert isinstance(patch, Patch)
     assert (patch.reference, patch.first, patch.context_length, patch.outer_kind) == ("query", 63, 63, "down")
-    assert patch.anatomy == anatomy_of(shared("Llama"))
+    assert patch.anatomy == known_anatomy(shared("Llama"))
     assert list(patch.blocks[0].inner) == ["mlp.gate_proj", "mlp.up_proj"]
     assert list(patch.blocks[0].outer) == ["mlp.down_proj"]
 

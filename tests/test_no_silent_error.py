@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from icl_lib import Anatomy, absorb, verify
-from icl_lib.language.text import tokens_of
 from icl_lib.measures import relative_error
 from icl_lib.models.anatomy import _ENTRIES, ARCHITECTURES
 from icl_lib.models.architectures import LLAMA, MIXTRAL
+from icl_lib.models.text import tokens_of
 from icl_lib.paper.experiments import small_language_model
 from icl_lib.widgets import explore
 

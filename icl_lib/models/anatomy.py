@@ -151,8 +151,10 @@ def known_anatomy(model: nn.Module) -> Anatomy | None:
     entry = next((_ENTRIES[cls] for cls in type(model).__mro__ if cls in _ENTRIES), None)
     if entry is None:
         entry = ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", None))
-    anatomy = entry if entry is None or isinstance(entry, Anatomy) else entry(model)
-    if not (anatomy is None or isinstance(anatomy, Anatomy)):
+    if entry is None:
+        return None
+    anatomy = entry if isinstance(entry, Anatomy) else entry(model)
+    if not isinstance(anatomy, Anatomy):
         raise ValueError(
             f"the entry of {type(model).__name__} returned a {type(anatomy).__name__}: it must return an Anatomy."
         )
@@ -166,7 +168,7 @@ def sites(model: nn.Module, anatomy: Anatomy) -> tuple[Site, ...]:
     a weight and the product that runs: a compiled model or module, an adapter, a parametrisation, a hook on the map, a
     weight that two places share.
     """
-    _require_plain(model)
+    require_plain(model)
     blocks = _place(model, type(model).__name__, anatomy.blocks)
     if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or not len(blocks):
         raise ValueError(
@@ -191,7 +193,7 @@ def sites(model: nn.Module, anatomy: Anatomy) -> tuple[Site, ...]:
     return found
 
 
-def _require_plain(model: nn.Module) -> None:
+def require_plain(model: nn.Module) -> None:
     """Require that no module is compiled or carries an adapter: edits would not reach what runs."""
     if hasattr(model, "_orig_mod"):  # what torch.compile returns
         raise ValueError("model is compiled, so edits would not reach it: give the model before torch.compile().")

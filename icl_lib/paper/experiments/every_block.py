@@ -10,21 +10,25 @@ The paper is arXiv 2512.11255, version 1. At each step the test loss is measured
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icl_lib.absorb import Observation, observe
 from icl_lib.blocks.transformer import Transformer, TransformerConfig
 from icl_lib.low_rank import LowRank
 from icl_lib.measures import relative_error
-from icl_lib.models.anatomy import anatomy_of
+from icl_lib.models.absorb import anatomy_of, cache
+from icl_lib.models.activations import on_input
+from icl_lib.models.anatomy import sites
+from icl_lib.models.block_edits import BlockEdits
+from icl_lib.models.passes import without_context
+from icl_lib.models.streams import Stream
 from icl_lib.paper.experiments.alignment import cosines, likeness, within_block
 from icl_lib.paper.regression import Diverged, Prompts, Trainer, TrainingSettings, mean_squared_error, sample_prompts
 from icl_lib.paper.sweep import Checkpoint
-from icl_lib.patch import BlockPatch, Patch
 from icl_lib.theorem import alignment
 from icl_lib.validation import require_size
 
@@ -133,38 +137,42 @@ def measure_every_block(model: Transformer, prompts: Prompts) -> dict[str, Any]:
 
     Returns ``COLUMNS`` except ``training`` as numbers, and ``BLOCK_COLUMNS`` as lists with one entry for each block.
     """
-    anatomy = anatomy_of(model)
+    prompt = Stream(model, prompts.sequence, prompts.sequence.shape[-2] - 1)
+    placed = sites(model, anatomy_of(model))
     columns: dict[str, Any] = {name: [] for name in BLOCK_COLUMNS}
-    outputs: dict[str, Tensor] = {}
-    edited: list[BlockPatch] = []
+    found: list[tuple[Tensor, LowRank]] = []
+    read: list[Tensor] = []  # the query's stream, as it enters each block
 
-    def compare(seen: Observation) -> None:
-        edits, patched = seen.edits, seen.patched(anatomy)
-        final, total = edits.weight[:, -1], edits.weight.sum(-3).dense()
+    def note(_: int, patched: Tensor, edits: BlockEdits) -> None:
+        found.append((patched, edits.patch().weight))
+
+    cached, with_prompt = cache(model, placed, prompt, prompts.sequence, keep=1)
+    with contextlib.ExitStack() as stack:
+        for site in placed:
+            on_input(stack, site.block, read.append)
+        edited = without_context(model, placed, cached, prompt.outer, visit=note)
+    for site, stream, activations, (patched, weight) in zip(placed, read, cached.blocks, found, strict=True):
+        output = activations.output
+        with torch.no_grad():
+            unedited = site.block(stream)
+        final, total = weight[:, -1], weight.sum(-3).dense()
         singular = torch.linalg.svdvals(total)
-        squared = (patched - seen.output).square()
+        squared = (patched - output).square()
         columns["difference"].append(squared.mean().item())
         columns["largest"].append(squared.max().item())
-        columns["control"].append((seen.output_alone - seen.output).square().mean().item())
-        columns["error"].append(relative_error(patched, seen.output).max().item())
+        columns["control"].append((unedited - output).square().mean().item())
+        columns["error"].append(relative_error(patched, output).max().item())
         columns["frobenius"].append(final.norm().mean().item())
         columns["spectral"].append(final.singular_values()[..., 0].mean().item())
         columns["second"].append((singular[:, 1] / singular[:, 0]).max().item())
-        outputs.update(theory=model.unembed(patched[:, -1]), unedited=model.unembed(seen.output_alone[:, -1]))
-        edited.append(edits.at(slice(-ALIGNED_POSITIONS, None)))
-
-    bare, context_length = prompts.sequence[:, -1:], prompts.sequence.shape[-2] - 1
-    outputs["experiment"] = observe(model, prompts.sequence, context_length, "query", 0, compare)[:, -1]
-    query = Patch(
-        tuple(edits.at(slice(-1, None)) for edits in edited), anatomy, "query", context_length, context_length
-    )
     with torch.no_grad():
-        outputs["bare"] = model(bare)[:, -1]
-        with query.applied(model):
-            outputs["patched"] = model(bare)[:, -1]
+        bare = model(cached.bare)
+    outputs = {"experiment": with_prompt, "theory": model.unembed(patched), "unedited": model.unembed(unedited)}
+    outputs |= {"patched": edited, "bare": bare}
+    updates = [weight[:ALIGNED_PROMPTS, -ALIGNED_POSITIONS:] for _, weight in found]
     tokens = prompts.sequence[:ALIGNED_PROMPTS, -ALIGNED_POSITIONS:]
-    columns.update(_alignments([edits.weight[:ALIGNED_PROMPTS] for edits in edited], tokens))
-    losses = {name: mean_squared_error(output, prompts).item() / 2 for name, output in outputs.items()}
+    columns.update(_alignments(updates, tokens))
+    losses = {name: mean_squared_error(output[:, -1], prompts).item() / 2 for name, output in outputs.items()}
     return {**losses, **columns}
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from icl_lib.language.places import split
 from icl_lib.low_rank import LowRank
 from icl_lib.models.anatomy import is_transposed
+from icl_lib.models.edited_weights import parameter_at, split
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -50,7 +50,7 @@ def write_adapter(folder: Path, model: nn.Module, factors: dict[str, LowRank], s
         tensors |= _pair(path, _padded(edit.right, rank).mT, _padded(edit.left, rank))
     for path, edits in experts.items():
         parameters.add(path)
-        tensors |= _pair(_wrapped(model, path, experts.keys()), *_stacked(edits, len(_parameter(model, path)), rank))
+        tensors |= _pair(_wrapped(model, path, experts.keys()), *_stacked(edits, len(parameter_at(model, path)), rank))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
     config = {
@@ -95,7 +95,3 @@ def _wrapped(model: nn.Module, path: str, targets: Iterable[str]) -> str:
     later = [one for one in names[names.index(name) + 1 :] if f"{parent}.{one}" in targets]
     return parent + ".base_layer" * len(later)
 
-
-def _parameter(model: nn.Module, path: str) -> Tensor:
-    parent, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(parent), name)

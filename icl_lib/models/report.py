@@ -10,25 +10,23 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor
 
-from icl_lib.measures import relative_error, scientific
+from icl_lib.measures import scientific
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
-"""The largest relative error for which the identity holds, by precision; see :func:`icl_lib.verification.verify`."""
+"""The largest relative error for which the identity holds, by precision; see :func:`icl_lib.models.verify.verify`."""
 
 
 @dataclass(frozen=True)
 class Report:
-    r"""The measurements of :func:`icl_lib.verification.verify`. Nested lists are indexed by block, then by position.
+    r"""The measurements of :func:`icl_lib.models.verify.verify`. Nested lists are indexed by block, then by position.
 
     An error is $\lVert T_{\text{patched}} - T(C, x)_i \rVert / \lVert T(C, x)_i \rVert$. Its control is the same
-    quantity for the block without its edits. A language model is run as a whole: there, the error of a block is that of
-    the residual stream after it.
+    quantity without edits. The model is run as a whole, so the error of a block is that of the residual stream after it.
 
     Attributes:
         model: the name of the model's class.
-        reference: the input of the patched blocks, see :func:`icl_lib.absorb.absorb`.
+        reference: the input of the patched blocks, see :func:`icl_lib.models.absorb.absorb`.
         context_length: the number of tokens that the edits replace.
         first: the position of the first entry of the inner lists.
         prompts: the number of prompts; ``error`` is the largest over them and ``control`` the smallest.
@@ -36,7 +34,7 @@ class Report:
         device: the device it ran on.
         versions: the versions of torch, and of transformers for a model from there.
         error: the relative error of each patched block at each position, ``[blocks][positions]``.
-        control: the same without the patch; for a language model at up to 32 of the positions, evenly spread.
+        control: the same without the patch; with reference ``self`` at up to 32 of the positions, evenly spread.
         mean_squared_difference: for each patched block, the mean squared difference of its output from the output with
             the context, over prompts, positions and features.
         output_error: the relative error of the whole patched model on the bare query.
@@ -134,11 +132,6 @@ class Report:
             'tabindex="0" role="region" aria-label="Verification report">'
             f"<p>{head}</p>{self._table('html')}<p>{verdict}</p></div>"
         )
-
-
-def by_prompt(actual: Tensor, expected: Tensor) -> Tensor:
-    """Return the relative error for each prompt and position, ``[prompts, positions]``."""
-    return relative_error(actual, expected).reshape(-1, expected.shape[-2])
 
 
 def _finite(values: list[float]) -> bool:

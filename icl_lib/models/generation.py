@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from icl_lib.environment import building_book
-from icl_lib.language.call import accepted, check_tokens, experts_one_by_one, full_call, run
-from icl_lib.language.passes import Prompted, with_context, without_context
 from icl_lib.measures import relative_error
-from icl_lib.models.anatomy import anatomy_of
-from icl_lib.validation import require_size, validated_by
+from icl_lib.models.absorb import anatomy_of, outer_of
+from icl_lib.models.activations import CachedPrompt, with_context
+from icl_lib.models.anatomy import sites
+from icl_lib.models.passes import experts_one_by_one, without_context
+from icl_lib.models.prompt import accepted
+from icl_lib.models.tokens import Tokens
+from icl_lib.validation import require_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,22 +48,6 @@ class Agreement:
         return (self.without_context == self.with_context).double().mean().item()
 
 
-def _check(model: Any, input_ids: Any, max_new_tokens: Any, outer: Any, progress: Any) -> None:
-    if not isinstance(input_ids, Tensor):
-        raise ValueError(f"input_ids is a {type(input_ids).__name__}: give a tensor of token ids [*batch, n].")
-    require_size("max_new_tokens", max_new_tokens)
-    check_tokens(
-        model, input_ids, max(1, input_ids.shape[-1] - 1) if input_ids.ndim else 1, "query", None, outer, False
-    )
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if longest is not None and input_ids.shape[-1] + max_new_tokens > longest:
-        raise ValueError(
-            f"{input_ids.shape[-1]} tokens and {max_new_tokens} new ones need more positions than the {longest} of "
-            "this model: lower max_new_tokens."
-        )
-
-
-@validated_by(_check)
 def greedy_agreement(
     model: nn.Module, input_ids: Tensor, max_new_tokens: int = 20, outer: str | None = None, progress: bool = False
 ) -> Agreement:
@@ -74,30 +61,42 @@ def greedy_agreement(
         model: a causal language model with an anatomy; it is not changed.
         input_ids: prompts of one length, ``[*batch, n]``.
         max_new_tokens: the number of tokens to write after each prompt; there is no early stop.
-        outer: as for :func:`icl_lib.absorb.absorb`.
+        outer: as for :func:`icl_lib.models.absorb.absorb`.
         progress: show a progress bar over tokens.
 
-    Raises `ValueError` as :func:`icl_lib.absorb.absorb` does.
+    Raises `ValueError` as :func:`icl_lib.models.absorb.absorb` does.
     """
-    ids = input_ids.reshape(-1, input_ids.shape[-1])
-    anatomy = anatomy_of(model)
-    outer = outer or anatomy.outer_choices[0]
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids is a {type(input_ids).__name__}: give a tensor of token ids [*batch, n].")
+    require_size("max_new_tokens", max_new_tokens)
+    length = input_ids.shape[-1] if input_ids.ndim else 0
+    prompt = Tokens(model, input_ids, length - 1)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and length + max_new_tokens > longest:
+        raise ValueError(
+            f"{length} tokens and {max_new_tokens} new ones need more positions than the {longest} of this model: "
+            "lower max_new_tokens."
+        )
+    placed = sites(model, anatomy_of(model))
+    outer = outer_of(placed, outer, prompt, False, model)
+    ids = input_ids.reshape(-1, length)
     options = {"use_cache": True, _cache_name(model): _new_cache(model)}
     steps = tqdm(range(max_new_tokens), unit="token", disable=not progress or building_book(), leave=False)
+    lead = torch.Size((len(ids), 1))
     chosen: list[tuple[Tensor, Tensor, Tensor]] = []
     errors = []
-    with experts_one_by_one(model, anatomy), torch.no_grad():
-        run(model, full_call(ids, ids.shape[1] - 1), keep=1, **options)
+    with experts_one_by_one(model, placed), torch.no_grad():
+        start = {name: part[:, :-1] for name, part in prompt.whole(ids).items()}
+        Tokens.run(model, start, keep=1, **options)
         current = ids[:, -1:]
         for step in steps:
-            position = torch.full_like(current, ids.shape[1] - 1 + step)
-            call = {"input_ids": current, "position_ids": position}
-            readings, wanted = with_context(model, call, 0, **options)
-            bare = run(model, call)[:, -1]
-            prompted = Prompted(call, torch.Size((len(ids), 1)), readings)
-            _, logits = without_context(model, prompted, outer, edits=False, require=False)
-            chosen.append((logits.argmax(-1), wanted.argmax(-1), bare.argmax(-1)))
-            errors.append(relative_error(logits, wanted).max().item())
+            call = {"input_ids": current, "position_ids": torch.full_like(current, length - 1 + step)}
+            blocks, wanted = with_context(model, placed, Tokens, call, lead, keep=1, **options)
+            bare = Tokens.run(model, call)
+            cached = CachedPrompt(Tokens, call, lead, lead, blocks)
+            edited = without_context(model, placed, cached, outer, require=False)
+            chosen.append(tuple(logits[:, -1].argmax(-1) for logits in (edited, wanted, bare)))
+            errors.append(relative_error(edited, wanted).max().item())
             current = chosen[-1][0][:, None]
     return Agreement(*(torch.stack(part, -1) for part in zip(*chosen, strict=True)), max(errors))
 

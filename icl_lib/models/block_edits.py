@@ -1,0 +1,248 @@
+r"""Compute the edits of one block during its forward pass.
+
+Each edit is computed when its weight is used, from the input of the weight then and from what the block read with the
+context. The edit is applied at once, so everything after it in the block reads the output of the edited weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from icl_lib.low_rank import LowRank
+from icl_lib.models.activations import BlockActivations, CachedPrompt, on_stream
+from icl_lib.models.anatomy import Site, factor_at, is_experts
+from icl_lib.models.block_patch import BlockPatch
+from icl_lib.models.edited_weights import Product, edited, holder_of, parameter_at, rescaled, split
+from icl_lib.output_updates import output_update, scale_update, turning_update
+from icl_lib.theorem import joint_weight_update, least_norm_edit, weight_update
+
+
+class BlockEdits:
+    """Computes the edits of one block.
+
+    Args:
+        site: the block, its name in error messages and the places of its parts.
+        prompt: the prompt, with the leading dimensions of the edits and of the query.
+        activations: what the block read with the context.
+        outer: which weights add the change of the stream: ``down``, ``bias`` or ``scale``.
+        joint: whether one edit of each map must serve all tokens.
+        dense: whether the block runs with the edited matrices themselves, as a merged model does.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        prompt: CachedPrompt,
+        activations: BlockActivations,
+        outer: str,
+        joint: bool = False,
+        dense: bool = False,
+    ) -> None:
+        self.where, self.block, self.anatomy = site
+        self.prompt, self.activations = prompt, activations
+        self.kind, self.joint, self.dense = outer, joint, dense
+        self.norm = self.block.get_submodule(self.anatomy.scale) if self.anatomy.scale else None
+        self.rounded = False  # whether a map computes in a narrower dtype than that of its parameter
+        self.forget()
+
+    def forget(self) -> None:
+        """Release the edits and everything that was kept to compute them."""
+        self.inner: dict[str, LowRank] = {}
+        self.outer: dict[str, LowRank | Tensor] = {}
+        self.transposed: set[str] = set()
+        # Set in this order during the pass: h_C - h_0; the tokens of each expert, in the order in which it reads them;
+        # the sum of the gates of each token; the wanted output of the norm after the MLP, and its new scale.
+        self.change: Tensor | None = None
+        self.sent: dict[int, Tensor] = {}
+        self.gates: Tensor | None = None
+        self.turned: tuple[Tensor, Tensor] | None = None
+
+    def install(self, stack: contextlib.ExitStack) -> None:
+        """Make the block run with its edits until the stack is closed."""
+        block, here = self.block, self.anatomy
+        on_stream(stack, block, here, self._on_stream)
+        maps = {path: self._on_read for path in here.inner}
+        if here.outer and self.kind != "scale":
+            maps[here.outer] = self._on_hidden
+        mixtures = {id(holder): holder for path in maps if is_experts(block, path) for holder in [holder_of(block, path)[0]]}
+        for mixture in mixtures.values():
+            hook = mixture.register_forward_pre_hook(self._on_routed, with_kwargs=True)
+            stack.callback(hook.remove)
+        for path, edit in maps.items():
+            if is_experts(block, path):
+                edit = self._on_expert_read if edit == self._on_read else self._on_expert_hidden
+            stack.enter_context(edited(self.where, block, path, functools.partial(edit, path), self.dense))
+        if self.norm is not None:
+            stack.enter_context(rescaled(self.norm, self._on_norm))
+
+    def require_complete(self) -> None:
+        """Raise `ValueError` unless every map of the anatomy was called."""
+        called = {split(path)[0] for path in (*self.inner, *self.outer)}
+        outer = self.anatomy.scale if self.kind == "scale" else self.anatomy.outer
+        missing = {path for path in (*self.anatomy.inner, outer) if path} - called
+        if missing:
+            raise ValueError(
+                f"{self.where}.{min(missing)} is never called without the context: correct the entry, see "
+                "icl_lib.Anatomy."
+            )
+
+    def patch(self) -> BlockPatch:
+        """Return the edits."""
+        sent = {} if self.joint else self.sent
+        return BlockPatch(self.inner, self.outer, self.change, sent, frozenset(self.transposed))
+
+    def _shaped(self, tokens: Tensor) -> Tensor:
+        """Return tokens with the leading dimensions of the edits, or of the query if it stands for all positions."""
+        lead = self.prompt.lead
+        if tokens.numel() != lead.numel() * tokens.shape[-1]:
+            lead = self.prompt.bare_lead
+        return tokens.reshape(*lead, tokens.shape[-1])
+
+    def _on_stream(self, tokens: Tensor) -> None:
+        self.change = self.activations.stream - self._shaped(tokens)
+
+    @property
+    def _needed(self) -> Tensor:
+        r"""The change of the MLP's output, $s \Delta h / m$."""
+        here = self.anatomy
+        if (here.multiplier, here.skip_multiplier) == (1.0, 1.0):
+            return self.change
+        factor = factor_at(self.block, here.skip_multiplier) / factor_at(self.block, here.multiplier)
+        return self.change * factor
+
+    def _on_read(self, path: str, product: Product) -> LowRank:
+        return self._inner(path, product, self._shaped(product.read), self.activations.reads[path])
+
+    def _on_routed(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, *kwargs.values())
+        if len(given) < 3 or any(not isinstance(part, Tensor) or part.ndim != 2 for part in given[1:3]):
+            raise ValueError(
+                f"{self.where}: the module of the experts is called with {len(given)} arguments: only those called as "
+                "experts(z, chosen, gates), with the last two [tokens, active experts], are covered, see icl_lib.Anatomy."
+            )
+        chosen, gates = given[1:3]
+        self.gates = gates.to(self.change.dtype).sum(-1, keepdim=True)
+        self.sent = {expert: (chosen == expert).T.nonzero()[:, 1] for expert in chosen.unique().tolist()}
+
+    def _on_expert_read(self, path: str, expert: int, product: Product) -> LowRank:
+        wanted = self.activations.reads[path].flatten(0, -2)[self.sent[expert]]
+        return self._inner(f"{path}[{expert}]", product, product.read, wanted)
+
+    def _on_expert_hidden(self, path: str, expert: int, product: Product) -> LowRank:
+        tokens = self.sent[expert]
+        change = self._needed.flatten(0, -2)[tokens] / self.gates[tokens]
+        return self._outer(f"{path}[{expert}]", product, change, product.read)
+
+    def _on_hidden(self, path: str, product: Product) -> LowRank | Tensor:
+        change = self._needed
+        self._note(path, product)
+        if self.kind == "bias":
+            self.outer[path] = self._one_vector(path, change)
+            return self.outer[path]
+        hidden = self._shaped(product.read)
+        if self.norm is not None:
+            change = self._turned(path, change, self._shaped(product.output))
+        return self._outer(path, product, change, hidden)
+
+    def _turned(self, path: str, change: Tensor, output: Tensor) -> Tensor:
+        """Return the change of the norm's input that, with a new scale of the norm, changes its output by ``change``."""
+        parts = parts_of(self.norm, output)
+        wanted = parts.output + change
+        flat = (vectors.flatten(0, -2) for vectors in (wanted, output, parts.normed))
+        shared = self.joint and output[..., 0].numel() > 1
+        turn, scale = self._named(path, turning_update, *flat, parts.scale, shared)
+        self.turned = wanted, scale if scale.ndim == 1 else scale.reshape(output.shape)
+        return turn.reshape(output.shape)
+
+    def _on_norm(self, read: Tensor) -> Tensor:
+        path = self.anatomy.scale
+        parts = parts_of(self.norm, self._shaped(read))
+        if self.turned is None:  # the scale alone takes the change and the rounding of the norm
+            rest = self._needed + parts.output - parts.scale * parts.normed
+            edit = self._named(path, scale_update, rest, parts.normed)
+        else:
+            wanted, scale = self.turned
+            if scale.ndim > 1:
+                # Turning leaves rounding errors, among them those of a norm that computes in float32.
+                exact = wanted / parts.normed
+                scale = torch.where((exact - scale).abs() < scale.abs() / 2, exact, scale)
+            edit = scale - parts.scale
+        self.outer[path] = self._one_vector(path, edit)
+        return self.outer[path]
+
+    def _inner(self, path: str, product: Product, read: Tensor, wanted: Tensor) -> LowRank:
+        formula = functools.partial(joint_weight_update if self.joint else weight_update, self._cast(path, product.weight))
+        self.inner[path] = edit = self._matrix_edit(path, product, formula, read, wanted)
+        return edit
+
+    def _outer(self, path: str, product: Product, change: Tensor, hidden: Tensor) -> LowRank:
+        arguments = (least_norm_edit, hidden, change) if self.joint else (output_update, change, hidden)
+        self.outer[path] = edit = self._matrix_edit(path, product, *arguments)
+        return edit
+
+    def _matrix_edit(self, path: str, product: Product, formula: Callable[..., LowRank], *vectors: Tensor) -> LowRank:
+        self._note(path, product)
+        vectors = tuple(self._cast(path, vector.flatten(0, -2) if self.joint else vector) for vector in vectors)
+        return self._named(path, formula, *vectors)
+
+    def _note(self, path: str, product: Product) -> None:
+        self.rounded |= product.rounded
+        if product.transposed:
+            self.transposed.add(split(path)[0])
+
+    def _cast(self, path: str, tensor: Tensor) -> Tensor:
+        """Return the tensor in the dtype of the parameter, in which its edit is, whatever the product's dtype."""
+        return tensor.to(parameter_at(self.block, path).dtype)
+
+    def _one_vector(self, path: str, vectors: Tensor) -> Tensor:
+        if not self.joint or vectors.ndim == 1:
+            return vectors
+        vectors = vectors.flatten(0, -2)
+        if len(vectors) > 1:
+            raise ValueError(
+                f"{self.where}.{path}: {len(vectors)} positions need {len(vectors)} vectors, but a joint edit has only "
+                "one. Use a query of one token, give each position its own edits (Patch.applied), or absorb with "
+                "outer='down'."
+            )
+        return vectors[0]
+
+    def _named(self, path: str, formula: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return formula(*arguments)
+        except ValueError as error:
+            hints = {
+                "independent": "In the first block, equal tokens can give a map equal inputs.",
+                "a_without": "a_without is the input of the MLP without the context.",
+                "hidden": "hidden is the input of the last map.",
+            }
+            hint = next((f" ({said})" for name, said in hints.items() if name in str(error)), "")
+            raise ValueError(f"{self.where}.{path}: {error}{hint}") from None
+
+
+class NormParts(NamedTuple):
+    r"""The output $\gamma \odot \bar o$ of a norm, $\bar o$, and $\gamma$, which in Gemma is 1 plus the parameter."""
+
+    output: Tensor
+    normed: Tensor
+    scale: Tensor
+
+
+def parts_of(norm: nn.Module, read: Tensor) -> NormParts:
+    """Return the parts of a norm's output, found by running the norm with parameters of zero and one."""
+    twin = copy.copy(norm)  # shares everything but its attributes' dictionary
+    scale = norm._parameters["weight"].detach()
+
+    def scaled_by(weight: Tensor) -> Tensor:
+        vars(twin)["weight"] = weight
+        return type(norm).forward(twin, read)
+
+    base = scaled_by(torch.zeros_like(scale))
+    offset = float(bool((base != 0).any()))
+    return NormParts(scaled_by(scale), scaled_by(torch.ones_like(scale)) - base, scale + offset)

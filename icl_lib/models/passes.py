@@ -1,0 +1,155 @@
+r"""The edits of a model from two passes: one with the context, one without.
+
+The MLP sublayer of a block is $h \mapsto h + \mathrm{MLP}(V_1 z, V_2 z, \dots)$, where $z$ is $h$ or a norm of it. The
+first pass records $h_C$ and $z_C$ of every block (:mod:`icl_lib.models.activations`). The second pass runs the bare
+query, reads $h_0$ and $z_0$ and edits
+
+$$\Delta V = \frac{V (z_C - z_0) z_0^\top}{\lVert z_0 \rVert^2}, \qquad \Delta h = h_C - h_0 ,$$
+
+for every linear map $V$ that reads $z$. The difference $\Delta h$ is added by a bias, $\Delta b' = \Delta h$, by the
+last matrix, $\Delta W_\text{down} = \Delta h\, y^\top / \lVert y \rVert^2$, or by a norm after the MLP
+(:mod:`icl_lib.output_updates`).
+Each edit is computed when its weight is used and applied at once. So block $\ell$ reads the output of the edited blocks
+before it, and the outputs of the second pass are those of the edited model.
+
+Source: Goldwaser, Munn, Gonzalvo, Dherin, *Equivalence of Context and Parameter Updates in Modern Transformer Blocks*
+(arXiv 2511.17864).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from icl_lib.environment import building_book
+from icl_lib.measures import relative_error
+from icl_lib.models.activations import CachedPrompt, on_output
+from icl_lib.models.anatomy import Site, is_experts
+from icl_lib.models.block_edits import BlockEdits
+from icl_lib.models.block_patch import BlockPatch
+from icl_lib.models.report import TOLERANCE
+
+
+def without_context(
+    model: nn.Module,
+    sites: Sequence[Site],
+    prompt: CachedPrompt,
+    outer: str,
+    joint: bool = False,
+    dense: bool = False,
+    keep: int | None = None,
+    require: bool = True,
+    visit: Callable[[int, Tensor, BlockEdits], Any] = lambda *_: None,
+) -> Tensor:
+    """Run the bare query once and compute the edits during the pass; return the outputs of the edited model.
+
+    Args:
+        joint: one edit of each map serves all positions.
+        dense: the pass uses the edited matrices themselves and rounds as a merged model does, so each block corrects
+            the rounding of those before it.
+        keep: the number of positions, from the last, whose outputs are computed; None for all.
+        require: raise at the first block whose output is not that of the run with the context.
+        visit: called after each block with its number, its output, ``[*batch, positions, width]``, and its edits.
+
+    Raises `ValueError`, with the block, if its output with the edits is not that with the context: then the block
+    computes something that its anatomy does not say.
+    """
+
+    def after(index: int, edits: BlockEdits, output: Tensor) -> Tensor | None:
+        wanted = prompt.blocks[index].output
+        patched = output.reshape(wanted.shape)
+        edits.require_complete()
+        if require:
+            require_reproduced(edits, patched, wanted)
+        visit(index, patched, edits)
+        edits.forget()
+        # A query that stands for all positions goes on alone.
+        return output[..., -1:, :] if prompt.lead != prompt.bare_lead else None
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for index, site in enumerate(sites):
+            edits = BlockEdits(site, prompt, prompt.blocks[index], outer, joint, dense)
+            edits.install(stack)
+            on_output(stack, site.block, functools.partial(after, index, edits))
+        return prompt.kind.run(model, prompt.bare, keep)
+
+
+def edits_of(
+    model: nn.Module,
+    sites: Sequence[Site],
+    prompt: CachedPrompt,
+    outer: str,
+    visit: Callable[[], Any] = lambda: None,
+    **options: bool,
+) -> tuple[BlockPatch, ...]:
+    """Return the edits of all blocks; the options are those of :func:`without_context`."""
+    found: list[BlockPatch] = []
+
+    def note(_: int, __: Tensor, edits: BlockEdits) -> None:
+        found.append(edits.patch())
+        visit()
+
+    without_context(model, sites, prompt, outer, keep=1, visit=note, **options)
+    return tuple(found)
+
+
+def require_reproduced(edits: BlockEdits, patched: Tensor, prompted: Tensor) -> None:
+    """Raise `ValueError` if a block with its edits does not output what it outputs with the context.
+
+    The limit is a few times the tolerance of :func:`icl_lib.models.verify.verify`.
+    """
+    off = float(relative_error(patched, prompted).max())
+    limit = tolerance_of(patched.dtype, edits) * (10 if patched.dtype.itemsize > 2 else 2)
+    if not off <= limit:
+        remedy = (
+            "No one edit serves all positions to this precision: give each position its own edits (Patch.applied), or "
+            "take a shorter query or a wider dtype."
+            if edits.joint
+            else "Either the block computes more than its anatomy says (a factor on a branch, another map with the "
+            "same input, a hook), or the numbers are too ill-conditioned for this dtype."
+        )
+        raise ValueError(
+            f"{edits.where}: with its edits this block's output differs from that with the prompt by {off:.0e}, "
+            f"relatively; rounding explains {limit:.0e}. {remedy}"
+        )
+
+
+def tolerance_of(dtype: torch.dtype, edits: BlockEdits) -> float:
+    """Return the relative error that rounding explains.
+
+    It is that of float32 where a part of the block computes in float32 and the edits cannot correct that: a router,
+    or a norm whose scale several positions share.
+    """
+    shared = edits.joint and edits.norm is not None and edits.prompt.lead.numel() > 1
+    narrow = edits.rounded or shared
+    return max(TOLERANCE[dtype], TOLERANCE[torch.float32]) if narrow else TOLERANCE[dtype]
+
+
+@contextlib.contextmanager
+def experts_one_by_one(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Inside the ``with``, a mixture multiplies by the matrix of one expert at a time, so that each can be edited.
+
+    This is the implementation "eager" of transformers, the only one that also runs in float64.
+    """
+    if not any(is_experts(block, path) for _, block, anatomy in sites for path in anatomy.inner) or not hasattr(
+        model, "get_experts_implementation"
+    ):
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def bar_over(blocks: int, passes: int, progress: bool) -> tqdm:
+    """Return a progress bar that counts blocks, hidden unless ``progress`` is true, and while the book is built."""
+    return tqdm(total=blocks * passes, unit="block", disable=not progress or building_book(), leave=False)

@@ -1,0 +1,134 @@
+"""A prompt, the part of it that edits replace, and how a model is called with that part and without it.
+
+A model reads a float stream or token ids. The two differ in :mod:`icl_lib.models.streams` and
+:mod:`icl_lib.models.tokens` alone, each with a subclass of :class:`Prompt`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icl_lib.blocks.structure import require_deterministic
+
+Call = Tensor | dict[str, Tensor]
+
+
+class Prompt:
+    """A prompt of which the first tokens are replaced.
+
+    Args:
+        model: the model that reads the prompt.
+        inputs: the whole prompt.
+        context_length, reference, positions, joint, attention_mask: as for :func:`icl_lib.models.absorb.absorb`.
+
+    Raises `ValueError` for inputs that the theorem or the model does not cover.
+    """
+
+    outer: str
+    """The weights that take the change of the stream by default."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        context_length: int,
+        reference: str = "query",
+        positions: str | None = None,
+        joint: bool = False,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        self.check(model, inputs)
+        length = self.lead_of(inputs)[-1]
+        check_lengths(length, context_length)
+        if reference not in ("query", "self"):
+            raise ValueError(f"reference is {reference!r}: choose 'query' or 'self'.")
+        if positions not in (None, "all", "query"):
+            raise ValueError(f"positions is {positions!r}: choose 'all', 'query', or None for as many as possible.")
+        if not isinstance(joint, bool):
+            raise ValueError(f"joint is {joint!r}: give True or False.")
+        require_still(model)
+        if torch.is_autocast_enabled(inputs.device.type):
+            raise ValueError(
+                "autocast is on, so the edits would be computed in mixed precision: call this outside the autocast "
+                "block."
+            )
+        self.context_length, self.reference, self.length = int(context_length), reference, length
+        self.first = self.first_position(length, positions, joint)
+        self.padding = self.padding_of(inputs, attention_mask)
+        self.attention_mask = attention_mask
+        self.takes = accepted(model)
+        self.lead = torch.Size((*self.lead_of(inputs)[:-1], length - self.first))
+        rows = length - self.context_length if reference == "query" else length - self.first
+        self.bare_lead = torch.Size((*self.lead[:-1], rows))
+
+    @staticmethod
+    def check(model: nn.Module, inputs: Any) -> None:
+        """Require inputs that the model can read."""
+        raise NotImplementedError
+
+    @staticmethod
+    def lead_of(inputs: Tensor) -> torch.Size:
+        """Return the leading dimensions of the inputs, ``[*batch, n]``."""
+        raise NotImplementedError
+
+    def first_position(self, length: int, positions: str | None, joint: bool) -> int:
+        """Return the first position that gets an edit."""
+        raise NotImplementedError
+
+    def padding_of(self, inputs: Tensor, mask: Any) -> Tensor | None:
+        """Return the number of padding tokens before each prompt, or None."""
+        raise NotImplementedError
+
+    def whole(self, inputs: Tensor) -> Call:
+        """Return the call with the context."""
+        raise NotImplementedError
+
+    def bare(self, inputs: Tensor) -> Call:
+        """Return the call without the context; see :meth:`icl_lib.models.patch.Patch.bare`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def at(call: Call, batch: torch.Size, positions: Tensor) -> Call:
+        """Return the bare call of reference ``self`` for some of the positions."""
+        raise NotImplementedError
+
+    @staticmethod
+    def run(model: nn.Module, call: Call, keep: int | None = None, **options: Any) -> Tensor:
+        """Run the model's own forward pass; return its outputs, or those of the last ``keep`` tokens."""
+        raise NotImplementedError
+
+
+def check_lengths(length: int, context_length: Any) -> None:
+    """Require at least one token of context and one after it."""
+    if isinstance(context_length, bool) or not isinstance(context_length, numbers.Integral):
+        raise ValueError(f"context_length is {context_length!r}: give the number of tokens that the edits replace.")
+    if not 1 <= context_length < length:
+        raise ValueError(
+            f"context_length is {context_length} and inputs hold {length} tokens: at least one token must be replaced "
+            f"and at least one must remain; give 1 … {length - 1}."
+            if length > 1
+            else f"inputs hold {length} token(s): the context and the query need at least one token each; give two or "
+            "more."
+        )
+
+
+def require_still(model: nn.Module) -> None:
+    """Require that the model is deterministic: no dropout and no noise, as in training."""
+    require_deterministic(model, "model")
+    for name, part in model.named_modules():
+        for rate in ("attention_dropout", "jitter_noise", "layerdrop"):
+            if part.training and isinstance(getattr(part, rate, 0), float) and getattr(part, rate) > 0:
+                raise ValueError(
+                    f"model.{name} has {rate}={getattr(part, rate)} in training mode, so its output differs from run "
+                    "to run: call model.eval() first."
+                )
+
+
+def accepted(model: nn.Module) -> frozenset[str]:
+    """Return the names of the arguments of the model's forward pass."""
+    return frozenset(inspect.signature(type(model).forward).parameters)
