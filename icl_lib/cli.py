@@ -16,10 +16,10 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from icl_lib.absorb import absorb as absorb_prompt
-from icl_lib.language.text import tokens_of
-from icl_lib.report import Report
-from icl_lib.verification import verify as verify_prompt
+from icl_lib.models.absorb import absorb as absorb_prompt
+from icl_lib.models.report import Report
+from icl_lib.models.text import tokens_of
+from icl_lib.models.verify import verify as verify_prompt
 
 app = typer.Typer(
     help="Replace the prompt of a language model by edits of its weights, exactly.",

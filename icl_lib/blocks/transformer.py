@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         if config.blocks != 1 or config.skip or config.norm != "none":
             raise ValueError(
                 f"blocks={config.blocks}, skip={config.skip}, norm={config.norm!r}: only a model with blocks=1, "
-                "skip=False and norm='none' is a single contextual block. Build one, or use icl_lib.absorb."
+                "skip=False and norm='none' is a single contextual block. Build one, or use icl_lib.models.absorb."
             )
 
 
