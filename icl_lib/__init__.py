@@ -7,6 +7,7 @@ from icl_lib.blocks.block import ContextualBlock, ImplicitUpdate, implicit_updat
 from icl_lib.blocks.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.blocks.transformer import Transformer, TransformerConfig
 from icl_lib.low_rank import LowRank
+from icl_lib.measures import relative_error
 from icl_lib.models.absorb import absorb
 from icl_lib.models.anatomy import Anatomy, register_anatomy
 from icl_lib.models.block_patch import BlockPatch
@@ -45,6 +46,7 @@ __all__ = [
     "least_norm_edit",
     "output_update",
     "register_anatomy",
+    "relative_error",
     "scale_update",
     "tokens_of",
     "turning_update",

@@ -8,19 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from icl_lib.validation import require_broadcastable, require_float, require_same_kind, validated_by
-
-
-def _check_factors(_: Any, left: Any, right: Any) -> None:
-    require_float("left", left, 2, "[*batch, out, rank]")
-    require_float("right", right, 2, "[*batch, in, rank]")
-    require_same_kind("left", left, right=right)
-    if left.shape[-1] != right.shape[-1]:
-        raise ValueError(
-            f"left has {left.shape[-1]} columns and right has {right.shape[-1]}: "
-            "give both one column for each rank-one term."
-        )
-    require_broadcastable(left=left.shape[:-2], right=right.shape[:-2])
+from icl_lib.measures import wide
+from icl_lib.validation import require_broadcastable, require_float, require_same_kind
 
 
 class LowRank:
@@ -29,8 +18,8 @@ class LowRank:
     An update of a 4096 × 16384 weight has 67 million entries; its two rank-one factors have 20 thousand.
 
     Shapes: ``left`` is ``[*batch, out, rank]``, ``right`` is ``[*batch, in, rank]``. The leading dimensions broadcast,
-    so updates that share a factor store it once. A ``LowRank`` behaves like the tensor ``.dense()`` of shape
-    ``[*batch, out, in]`` under ``@``, ``+``, ``-``, ``*`` and indexing of its leading dimensions.
+    to ``.batch_shape``, so updates that share a factor store it once. A ``LowRank`` behaves like the tensor
+    ``.dense()`` of shape ``[*batch, out, in]`` under ``@``, ``+``, ``-``, ``*`` and indexing of its leading dimensions.
 
     Raises `ValueError` for factors that are not floating-point tensors, that differ in rank, dtype or device, or whose
     leading dimensions do not broadcast.
@@ -47,14 +36,17 @@ class LowRank:
 
     __array_ufunc__ = None  # NumPy then leaves `array @ low_rank` to this class, which refuses it
 
-    @validated_by(_check_factors)
     def __init__(self, left: Float[Tensor, "*#batch out rank"], right: Float[Tensor, "*#batch in_ rank"]) -> None:
+        require_float("left", left, 2, "[*batch, out, rank]")
+        require_float("right", right, 2, "[*batch, in, rank]")
+        require_same_kind("left", left, right=right)
+        if left.shape[-1] != right.shape[-1]:
+            raise ValueError(
+                f"left has {left.shape[-1]} columns and right has {right.shape[-1]}: "
+                "give both one column for each rank-one term."
+            )
+        self.batch_shape = require_broadcastable(left=left.shape[:-2], right=right.shape[:-2])
         self.left, self.right = left, right
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """The leading dimensions."""
-        return torch.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2])
 
     @property
     def shape(self) -> torch.Size:
@@ -135,8 +127,8 @@ class LowRank:
         place = dim + leading + 2 if dim < 0 else dim
         if not 0 <= place < leading:
             raise ValueError(f"dim is {dim}: give one of the {leading} leading dimensions of {tuple(self.shape)}.")
-        left, right = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
-        return LowRank(*(factor.movedim(place, -1).flatten(-2) for factor in (left, right)))
+        factors = _expanded(self.batch_shape, self.left, self.right)
+        return LowRank(*(factor.movedim(place, -1).flatten(-2) for factor in factors))
 
     def first(self, terms: int) -> LowRank:
         """The sum of the first ``terms`` rank-one terms: a matrix built step by step, after that many steps.
@@ -216,8 +208,7 @@ class LowRank:
         """Index the leading dimensions only."""
         # The two full slices keep integers and ellipses from indexing the matrix dimensions.
         within = (*index, slice(None), slice(None)) if isinstance(index, tuple) else (index, slice(None), slice(None))
-        left, right = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (self.left, self.right))
-        return LowRank(left[within], right[within])
+        return LowRank(*(factor[within] for factor in _expanded(self.batch_shape, self.left, self.right)))
 
     def __repr__(self) -> str:
         columns = self.left.shape[-1]
@@ -229,8 +220,8 @@ class LowRank:
         Gram matrices would be cheaper but lose half of the digits where terms cancel. With ``scaled``, the result is
         divided by a positive number, so that huge or tiny factors neither overflow nor underflow.
         """
-        wide = torch.float32 if self.dtype.itemsize < 4 else self.dtype  # LAPACK has no half precision
-        r_left, r_right = (torch.linalg.qr(factor.to(wide)).R for factor in (self.left, self.right))
+        # LAPACK has no half precision.
+        r_left, r_right = (torch.linalg.qr(factor.to(wide(factor))).R for factor in (self.left, self.right))
         if scaled and r_left.numel() and r_right.numel():
             sizes = (r.abs().amax((-2, -1), keepdim=True) for r in (r_left, r_right))
             r_left, r_right = (r / size.where(size > 0, 1) for r, size in zip((r_left, r_right), sizes, strict=True))
@@ -239,5 +230,8 @@ class LowRank:
 
 def _beside(a: Tensor, b: Tensor) -> Tensor:
     """The columns of both side by side, with leading dimensions broadcast."""
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    return torch.cat([a.expand(*batch, *a.shape[-2:]), b.expand(*batch, *b.shape[-2:])], dim=-1)
+    return torch.cat(_expanded(require_broadcastable(this=a.shape[:-2], other=b.shape[:-2]), a, b), dim=-1)
+
+
+def _expanded(batch: torch.Size, *factors: Tensor) -> list[Tensor]:
+    return [factor.expand(*batch, *factor.shape[-2:]) for factor in factors]

@@ -10,8 +10,6 @@ normalised activation.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,33 +17,17 @@ from torch import Tensor
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import directions, require_representable
 from icl_lib.validation import (
-    place,
     require_broadcastable,
     require_finite,
     require_float,
+    require_nowhere,
     require_same_kind,
-    validated_by,
 )
 
 NEWTON_STEPS = 100
 """The number of Newton steps after which :func:`turning_update` reports that no shared scale exists."""
 
 
-def _check_output_update(change: Any, hidden: Any) -> None:
-    for name, vectors in (("change", change), ("hidden", hidden)):
-        require_float(name, vectors, 1, "[*batch, width]")
-        require_finite(name, vectors, "look for overflow or NaN weights before it.")
-    require_same_kind("change", change, hidden=hidden)
-    require_broadcastable(change=change.shape[:-1], hidden=hidden.shape[:-1])
-    zero = (hidden == 0).all(-1)
-    if bool(zero.any()):
-        raise ValueError(
-            f"hidden{place(zero)} is zero: no edit of a matrix changes its output for a zero input. Let the bias take "
-            "the change (outer='bias')."
-        )
-
-
-@validated_by(_check_output_update)
 def output_update(change: Float[Tensor, "*#batch out"], hidden: Float[Tensor, "*#batch in_"]) -> LowRank:
     r"""The smallest edit of the MLP's last matrix that adds a given change to its output.
 
@@ -63,26 +45,27 @@ def output_update(change: Float[Tensor, "*#batch out"], hidden: Float[Tensor, "*
     tensor([[0.0000, 0.5000],
             [0.0000, 1.0000]])
     """
+    _require_finite_vectors(change=change, hidden=hidden)
+    require_same_kind("change", change, hidden=hidden)
+    require_broadcastable(change=change.shape[:-1], hidden=hidden.shape[:-1])
+    require_nowhere(
+        "hidden",
+        (hidden == 0).all(-1),
+        "is zero: no edit of a matrix changes its output for a zero input. Let the bias take the change "
+        "(outer='bias').",
+    )
     scale, length, unit = directions(hidden)
     left = change / scale / length
     require_representable(left, "Δh/‖y‖", "y")
     return LowRank(left.unsqueeze(-1), unit.unsqueeze(-1))
 
 
-def _check_scale_update(change: Any, normed: Any) -> None:
-    for name, vectors in (("change", change), ("normed", normed)):
-        require_float(name, vectors, 1, "[*batch, width]")
-        require_finite(name, vectors, "look for overflow or NaN weights before it.")
-    require_same_kind("change", change, normed=normed)
-    zero = (normed == 0) & (change != 0)
-    if bool(zero.any()):
-        raise ValueError(
-            f"normed{place(zero)} is zero: this feature of the norm's output is zero for every scale, so no scale can "
-            "add the change to it. Let the last matrix and the scale take the change together (outer='down')."
-        )
+def _require_finite_vectors(dims: int = 1, layout: str = "[*batch, width]", **vectors: Tensor) -> None:
+    for name, given in vectors.items():
+        require_float(name, given, dims, layout)
+        require_finite(name, given, "look for overflow or NaN weights before it.")
 
 
-@validated_by(_check_scale_update)
 def scale_update(
     change: Float[Tensor, "*batch dim"], normed: Float[Tensor, "*batch dim"]
 ) -> Float[Tensor, "*batch dim"]:
@@ -101,25 +84,19 @@ def scale_update(
     >>> scale_update(torch.tensor([1.0, 3.0]), torch.tensor([2.0, -1.0]))
     tensor([ 0.5000, -3.0000])
     """
+    _require_finite_vectors(change=change, normed=normed)
+    require_same_kind("change", change, normed=normed)
+    require_nowhere(
+        "normed",
+        (normed == 0) & (change != 0),
+        "is zero: this feature of the norm's output is zero for every scale, so no scale can add the change to it. "
+        "Let the last matrix and the scale take the change together (outer='down').",
+    )
     scale = torch.where(change == 0, change, change / normed)
     require_representable(scale, "Δh/ō", "ō")
     return scale
 
 
-def _check_turning(wanted: Any, read: Any, normed: Any, scale: Any, shared: Any) -> None:
-    for name, vectors in (("wanted", wanted), ("read", read), ("normed", normed)):
-        require_float(name, vectors, 2, "[m, dim]")
-        require_finite(name, vectors, "look for overflow or NaN weights before it.")
-    require_float("scale", scale, 1, "[dim]")
-    for name, zero in (("scale", scale == 0), ("wanted", (wanted == 0).all(-1)), ("read", (read == 0).all(-1))):
-        if bool(zero.any()):
-            raise ValueError(
-                f"{name}{place(zero)} is zero: turning divides by it. Let the scale alone take the change "
-                "(outer='scale')."
-            )
-
-
-@validated_by(_check_turning)
 def turning_update(
     wanted: Float[Tensor, "m dim"],
     read: Float[Tensor, "m dim"],
@@ -153,6 +130,12 @@ def turning_update(
     >>> torch.allclose(stretched * turned / turned.square().mean().sqrt(), t)
     True
     """
+    _require_finite_vectors(2, "[m, dim]", wanted=wanted, read=read, normed=normed)
+    require_float("scale", scale, 1, "[dim]")
+    for name, zero in (("scale", scale == 0), ("wanted", (wanted == 0).all(-1)), ("read", (read == 0).all(-1))):
+        require_nowhere(
+            name, zero, "is zero: turning divides by it. Let the scale alone take the change (outer='scale')."
+        )
     length = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
     if shared:
         new = _shared_scale(wanted, length, scale)

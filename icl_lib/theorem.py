@@ -9,59 +9,21 @@ Source: Dherin, Munn, Mazzawi, Wunder, Gonzalvo, *Learning without training* (ar
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from icl_lib.low_rank import LowRank
+from icl_lib.measures import wide
 from icl_lib.validation import (
-    place,
     require_broadcastable,
     require_finite,
     require_float,
+    require_nowhere,
     require_same_kind,
-    validated_by,
 )
 
 
-def _check_activations(a_without: Any, a_with: Any) -> None:
-    require_float("a_without", a_without, 1, "[*batch, in]")
-    require_float("a_with", a_with, 1, "[*batch, in]")
-    require_same_kind("a_without", a_without, a_with=a_with)
-    if a_with.shape[-1] != a_without.shape[-1]:
-        raise ValueError(
-            f"a_with has {a_with.shape[-1]} features and a_without has {a_without.shape[-1]}: "
-            "take both from the same contextual layer."
-        )
-    require_broadcastable(a_without=a_without.shape[:-1], a_with=a_with.shape[:-1])
-    for name, activation in (("a_without", a_without), ("a_with", a_with)):
-        require_finite(name, activation, "look for overflow or NaN weights in the contextual layer.")
-
-
-def _check_weight_update(weight: Any, a_without: Any, a_with: Any) -> None:
-    require_float("weight", weight, 2, "[out, in]")
-    if weight.ndim != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: give one matrix [out, in].")
-    _check_activations(a_without, a_with)
-    require_same_kind("weight", weight, a_without=a_without)
-    if weight.shape[1] != a_without.shape[-1]:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)} and a_without {tuple(a_without.shape)}: the last dimension of "
-            "a_without must equal weight's second. Is the weight transposed?"
-        )
-    require_finite("weight", weight, "the theorem needs finite weights. Did the training diverge?")
-    zero = (a_without == 0).all(-1)
-    if bool(zero.any()):
-        raise ValueError(
-            f"a_without{place(zero)} is zero: the update divides by its squared norm, and no edit of the weight "
-            "changes the output for a zero input. Keep a token of the context, or use a contextual layer that is not "
-            "zero without it."
-        )
-
-
-@validated_by(_check_weight_update)
 def weight_update(
     weight: Float[Tensor, "out in_"],
     a_without: Float[Tensor, "*#batch in_"],
@@ -94,10 +56,44 @@ def weight_update(
     >>> (W + update.dense()) @ torch.tensor([1.0, 0.0])  # = W @ [1, 1]
     tensor([2., 3.])
     """
+    _require_weight(weight, a_without, a_with)
     scale, length, unit = directions(a_without)
     left = ((a_with - a_without) / scale / length) @ weight.mT
     require_representable(left, "W(a_C − a₀)/‖a₀‖", "a₀")
     return LowRank(left.unsqueeze(-1), unit.unsqueeze(-1))
+
+
+def _require_weight(weight: Tensor, a_without: Tensor, a_with: Tensor) -> None:
+    require_float("weight", weight, 2, "[out, in]")
+    if weight.ndim != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: give one matrix [out, in].")
+    _require_activations(a_without, a_with)
+    require_same_kind("weight", weight, a_without=a_without)
+    if weight.shape[1] != a_without.shape[-1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} and a_without {tuple(a_without.shape)}: the last dimension of "
+            "a_without must equal weight's second. Is the weight transposed?"
+        )
+    require_finite("weight", weight, "the theorem needs finite weights. Did the training diverge?")
+    require_nowhere(
+        "a_without",
+        (a_without == 0).all(-1),
+        "is zero: the update divides by its squared norm, and no edit of the weight changes the output for a zero "
+        "input. Keep a token of the context, or use a contextual layer that is not zero without it.",
+    )
+
+
+def _require_activations(a_without: Tensor, a_with: Tensor) -> None:
+    for name, activation in (("a_without", a_without), ("a_with", a_with)):
+        require_float(name, activation, 1, "[*batch, in]")
+        require_finite(name, activation, "look for overflow or NaN weights in the contextual layer.")
+    require_same_kind("a_without", a_without, a_with=a_with)
+    if a_with.shape[-1] != a_without.shape[-1]:
+        raise ValueError(
+            f"a_with has {a_with.shape[-1]} features and a_without has {a_without.shape[-1]}: "
+            "take both from the same contextual layer."
+        )
+    require_broadcastable(a_without=a_without.shape[:-1], a_with=a_with.shape[:-1])
 
 
 def directions(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,7 +118,6 @@ def require_representable(left: Tensor, formula: str, divisor: str) -> None:
     )
 
 
-@validated_by(_check_activations)
 def bias_update(
     a_without: Float[Tensor, "*#batch dim"], a_with: Float[Tensor, "*#batch dim"]
 ) -> Float[Tensor, "... dim"]:
@@ -142,34 +137,10 @@ def bias_update(
     >>> bias_update(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
     tensor([0., 1.])
     """
+    _require_activations(a_without, a_with)
     return a_with - a_without
 
 
-def _check_least_norm_edit(reads: Any, changes: Any) -> None:
-    require_float("reads", reads, 2, "[*batch, m, in]")
-    require_float("changes", changes, 2, "[*batch, m, out]")
-    require_same_kind("reads", reads, changes=changes)
-    for name, vectors in (("reads", reads), ("changes", changes)):
-        require_finite(name, vectors, "look for overflow or NaN weights in the layers before.")
-    if reads.shape[:-1] != changes.shape[:-1]:
-        raise ValueError(
-            f"reads have shape {tuple(reads.shape)} and changes {tuple(changes.shape)}: give one change for each read."
-        )
-    many, width = reads.shape[-2:]
-    if many > width:
-        raise ValueError(
-            f"reads: {many} vectors of width {width} are not linearly independent, so no single edit serves them all. "
-            "Give each its own edit."
-        )
-    zero = (reads == 0).all(-1)
-    if bool(zero.any()):
-        raise ValueError(
-            f"reads{place(zero)} is zero, so the reads are not linearly independent: no edit changes the output for a "
-            "zero input. Remove it."
-        )
-
-
-@validated_by(_check_least_norm_edit)
 def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor, "*batch m out"]) -> LowRank:
     r"""The smallest edit of a weight that changes its output for each of $m$ reads by a given vector.
 
@@ -186,29 +157,41 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
     tensor([[1., 3., 0.],
             [2., 4., 0.]])
     """
+    for name, vectors, layout in (("reads", reads, "[*batch, m, in]"), ("changes", changes, "[*batch, m, out]")):
+        require_float(name, vectors, 2, layout)
+        require_finite(name, vectors, "look for overflow or NaN weights in the layers before.")
+    require_same_kind("reads", reads, changes=changes)
+    if reads.shape[:-1] != changes.shape[:-1]:
+        raise ValueError(
+            f"reads have shape {tuple(reads.shape)} and changes {tuple(changes.shape)}: give one change for each read."
+        )
+    many, width = reads.shape[-2:]
+    if many > width:
+        raise ValueError(
+            f"reads: {many} vectors of width {width} are not linearly independent, so no single edit serves them all. "
+            "Give each its own edit."
+        )
+    require_nowhere(
+        "reads",
+        (reads == 0).all(-1),
+        "is zero, so the reads are not linearly independent: no edit changes the output for a zero input. Remove it.",
+    )
     # Independence is a matter of the directions. Their QR factors are small, so float64 costs little.
     scale, length, unit = (part.double() for part in directions(reads))
     basis, triangle = torch.linalg.qr(unit.mT)
     values = torch.linalg.svdvals(triangle)
-    precision = torch.float32 if reads.dtype.itemsize < 4 else reads.dtype
-    dependent = ~(values[..., -1] > reads.shape[-2] * torch.finfo(precision).eps * values[..., 0])
-    if bool(dependent.any()):
-        raise ValueError(
-            f"reads{place(dependent)} are not linearly independent ({reads.shape[-2]} vectors; the smallest singular "
-            "value of their directions is nearly zero), so no single edit serves them all. Give each its own edit."
-        )
+    require_nowhere(
+        "reads",
+        ~(values[..., -1] > many * torch.finfo(wide(reads)).eps * values[..., 0]),
+        f"are not linearly independent ({many} vectors; the smallest singular value of their directions is nearly "
+        "zero), so no single edit serves them all. Give each its own edit.",
+    )
     left = torch.linalg.solve_triangular(triangle, (changes / scale / length).mT, upper=True, left=False)
     left = left.to(reads.dtype)
     require_representable(left, "ΔH R⁺", "a read")
     return LowRank(left, basis.to(reads.dtype))
 
 
-def _check_joint(weight: Any, a_without: Any, a_with: Any) -> None:
-    _check_weight_update(weight, a_without, a_with)
-    require_float("a_without", a_without, 2, "[*batch, m, in]")
-
-
-@validated_by(_check_joint)
 def joint_weight_update(
     weight: Float[Tensor, "out in_"], a_without: Float[Tensor, "*batch m in_"], a_with: Float[Tensor, "*batch m in_"]
 ) -> LowRank:
@@ -227,6 +210,8 @@ def joint_weight_update(
     >>> torch.allclose(Z_0 @ edited.mT, Z_C @ V.mT, rtol=1e-12)
     True
     """
+    _require_weight(weight, a_without, a_with)
+    require_float("a_without", a_without, 2, "[*batch, m, in]")
     return least_norm_edit(a_without, (a_with - a_without) @ weight.mT)
 
 

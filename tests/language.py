@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.measures import relative_error
 from icl_lib.paper.experiments.language import VOCABULARY, small_language_model
 
 LENGTH = 64
@@ -25,11 +24,6 @@ def prompts(*batch: int, length: int = LENGTH) -> Tensor:
     """Token ids, none of which occurs twice in a prompt."""
     rows = [torch.randperm(VOCABULARY)[:length] for _ in range(torch.Size(batch).numel())]
     return torch.stack(rows).reshape(*batch, length)
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest relative error of a position."""
-    return relative_error(actual, expected).max().item()
 
 
 def state(model: nn.Module) -> tuple[list[int], list[str], dict[str, Tensor]]:

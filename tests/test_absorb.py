@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from cases import lively
 from torch import nn
 
 from icl_lib import LowRank, Transformer, TransformerConfig, absorb, verify
@@ -13,18 +14,6 @@ from icl_lib.measures import relative_error
 from icl_lib.models import anatomy
 
 RTOL = 1e-12
-
-
-def lively(**config):
-    """A model whose LayerNorms hide nothing, and in which signals neither fade nor explode with depth."""
-    model = Transformer(TransformerConfig(**{"dim": 8, "blocks": 3, "heads": 2, "hidden_layers": 2, **config})).double()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            nn.init.normal_(parameter, mean=float("weight" in name), std=0.3)
-        else:  # GELU halves a variance; with skips and no norm each block adds to the stream
-            gain = 0.5 if model.config.skip and model.config.norm == "none" else 1.4 if "mlp" in name else 1.0
-            nn.init.normal_(parameter, std=gain * parameter.shape[-1] ** -0.5)
-    return model
 
 
 def streams(model, sequence):

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from cases import block_of, prompt, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +20,6 @@ from icl_lib import (
     implicit_update,
     kept_context,
 )
-from icl_lib.measures import relative_error
 
 LAYERS = {
     "softmax": lambda dim, heads: SoftmaxAttention(dim, heads, head_dim=max(1, dim // heads)),
@@ -31,23 +31,10 @@ LAYERS = {
 
 def build(layer="softmax", dim=6, heads=2, skip=False, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-    return ContextualBlock(LAYERS[layer](dim, heads), mlp, skip).to(dtype)
+    return block_of(LAYERS[layer](dim, heads), dim, skip).to(dtype)
 
 
-def prompt(batch=(), n=5, dim=6, dtype=torch.float64, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(*batch, n + 1, dim, generator=generator, dtype=torch.float64).to(dtype)
-    return draw[..., :-1, :], draw[..., -1, :]
-
-
-def difference(actual, expected):
-    """Return the largest relative error over the batch, 0 for an empty one."""
-    errors = relative_error(actual, expected)
-    return errors.max().item() if errors.numel() else 0.0
-
-
-cases = st.fixed_dictionaries(
+CASES = st.fixed_dictionaries(
     {
         "layer": st.sampled_from(list(LAYERS)),
         "heads": st.sampled_from([1, 2, 3, 8]),
@@ -62,47 +49,47 @@ cases = st.fixed_dictionaries(
 
 
 @settings(max_examples=1000)
-@given(cases)
+@given(CASES)
 def test_theorem(case):
     block = build(case["layer"], case["dim"], case["heads"], case["skip"], seed=case["seed"])
-    context, query = prompt(case["batch"], case["n"], case["dim"], seed=case["seed"])
+    context, query = prompt(case["n"], case["dim"], case["batch"], case["seed"])
     # The last token always goes: a GRU may have forgotten the first ones, and then no control could differ.
     keep = torch.randperm(case["n"] - 1)[: int(case["kept"] * (case["n"] - 1))].tolist()
     kept = kept_context(context, keep)
     wanted = block(context, query)
 
     edited = implicit_update(block, context, query, keep).apply(block)
-    assert difference(edited(kept, query), wanted) <= 1e-12
+    assert relative(edited(kept, query), wanted) <= 1e-12
 
     # Negative controls: the unedited block, and the edit of another context.
-    assert difference(block(kept, query), wanted) > 1e-9
-    other, _ = prompt(case["batch"], case["n"], case["dim"], seed=case["seed"] + 1)
-    assert difference(implicit_update(block, other, query, keep).apply(block)(kept, query), wanted) > 1e-9
+    assert relative(block(kept, query), wanted) > 1e-9
+    other, _ = prompt(case["n"], case["dim"], case["batch"], case["seed"] + 1)
+    assert relative(implicit_update(block, other, query, keep).apply(block)(kept, query), wanted) > 1e-9
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_in_every_precision(layer, skip, dtype, bound):
-    block, (context, query) = build(layer, skip=skip, dtype=dtype), prompt((4,), dtype=dtype)
+    block, (context, query) = build(layer, skip=skip, dtype=dtype), prompt(batch=(4,), dtype=dtype)
     update = implicit_update(block, context, query)
     assert update.weight.dtype == dtype
     wanted = block(context, query).double()
-    edited = difference(update.apply(block)(context[:, :0], query).double(), wanted)
+    edited = relative(update.apply(block)(context[:, :0], query).double(), wanted)
     assert edited < bound
-    assert difference(block(context[:, :0], query).double(), wanted) > 3 * edited  # negative control
+    assert relative(block(context[:, :0], query).double(), wanted) > 3 * edited  # negative control
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_one_prompt_of_a_batch(skip):
-    block, (context, query) = build(skip=skip), prompt((3,))
+    block, (context, query) = build(skip=skip), prompt(batch=(3,))
     together, alone = implicit_update(block, context, query), implicit_update(block, context[1], query[1])
     torch.testing.assert_close(together.weight.dense()[1], alone.weight.dense(), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(together[1].weight.dense(), alone.weight.dense(), rtol=1e-12, atol=1e-14)
     edited = together[1].apply(block)
     assert isinstance(edited.first_linear, nn.Linear)  # one update gives an ordinary block
-    assert difference(edited(context[1, :0], query[1]), block(context, query)[1]) < 1e-13
-    assert difference(edited(context[0, :0], query[0]), block(context, query)[0]) > 1e-3  # another's prompt
+    assert relative(edited(context[1, :0], query[1]), block(context, query)[1]) < 1e-13
+    assert relative(edited(context[0, :0], query[0]), block(context, query)[0]) > 1e-3  # another's prompt
 
 
 def test_keeping_everything_changes_nothing():
@@ -131,10 +118,10 @@ def test_keep_is_a_set_of_places():
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_any_mlp_that_begins_with_a_linear_map(mlp, skip, batch):
     block = ContextualBlock(SoftmaxAttention(6, 2), copy.deepcopy(mlp), skip).double()
-    context, query = prompt(batch)
+    context, query = prompt(batch=batch)
     edited = implicit_update(block, context, query).apply(block)
-    assert difference(edited(context[..., :0, :], query), block(context, query)) < 1e-12
-    assert difference(block(context[..., :0, :], query), block(context, query)) > 1e-6  # negative control
+    assert relative(edited(context[..., :0, :], query), block(context, query)) < 1e-12
+    assert relative(block(context[..., :0, :], query), block(context, query)) > 1e-6  # negative control
 
 
 class ZeroWithoutContext(nn.Module):
@@ -142,7 +129,7 @@ class ZeroWithoutContext(nn.Module):
         return context.sum(-2)
 
 
-CONTEXT, QUERY = prompt((2,))
+CONTEXT, QUERY = prompt(batch=(2,))
 
 
 @pytest.mark.parametrize(
@@ -236,14 +223,14 @@ def test_a_map_shared_with_the_contextual_layer_keeps_its_weights_there():
             return self.map(context).sum(-2) + self.map(query)
 
     for batch in [(), (3,)]:
-        block, (context, query) = ContextualBlock(Shared(), shared), prompt(batch)
+        block, (context, query) = ContextualBlock(Shared(), shared), prompt(batch=batch)
         edited = implicit_update(block, context, query).apply(block)
-        assert difference(edited(context[..., :0, :], query), block(context, query)) < 1e-12
-        assert difference(block(context[..., :0, :], query), block(context, query)) > 1e-6  # negative control
+        assert relative(edited(context[..., :0, :], query), block(context, query)) < 1e-12
+        assert relative(block(context[..., :0, :], query), block(context, query)) > 1e-6  # negative control
 
 
 def test_an_edited_copy_is_as_trainable_as_the_block():
-    block, (context, query) = build().requires_grad_(False).eval(), prompt((2,))
+    block, (context, query) = build().requires_grad_(False).eval(), prompt(batch=(2,))
     for update in (implicit_update(block, context, query), implicit_update(block, context[0], query[0])):
         edited = update.apply(block)
         assert not any(parameter.requires_grad for parameter in edited.parameters())
@@ -251,14 +238,14 @@ def test_an_edited_copy_is_as_trainable_as_the_block():
 
 
 def test_an_ellipsis_picks_prompts():
-    block, (context, query) = build(skip=True), prompt((2, 3))
+    block, (context, query) = build(skip=True), prompt(batch=(2, 3))
     update = implicit_update(block, context, query)
     for index in [(..., 1), (0, ...), (slice(None), 1)]:
         edited = update[index].apply(block)
         wanted = block(context, query)[(*index, slice(None))]
         part = context[(*index, slice(None), slice(None))][..., :0, :]
-        assert difference(edited(part, query[(*index, slice(None))]), wanted) < 1e-12
-        assert difference(block(part, query[(*index, slice(None))]), wanted) > 1e-6  # negative control
+        assert relative(edited(part, query[(*index, slice(None))]), wanted) < 1e-12
+        assert relative(block(part, query[(*index, slice(None))]), wanted) > 1e-6  # negative control
 
 
 def test_needs_the_exact_query():
@@ -266,5 +253,5 @@ def test_needs_the_exact_query():
     block, (context, query) = build(), prompt()
     _, other = prompt(seed=2)
     edited = implicit_update(block, context, query).apply(block)
-    assert difference(edited(context[:0], query), block(context, query)) < 1e-12
-    assert difference(edited(context[:0], other), block(context, other)) > 1e-3
+    assert relative(edited(context[:0], query), block(context, query)) < 1e-12
+    assert relative(edited(context[:0], other), block(context, other)) > 1e-3

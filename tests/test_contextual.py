@@ -3,14 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from cases import prompt
 
 from icl_lib import GRU, LinearAttention, MeanPooling, SoftmaxAttention, symbolic
-
-
-def draw(n, dim=4, batch=()):
-    generator = torch.Generator().manual_seed(n)
-    tokens = torch.randn(*batch, n + 1, dim, generator=generator, dtype=torch.float64)
-    return tokens[..., :-1, :], tokens[..., -1, :]
 
 
 def numpy_attention(layer, context, query, weigh):
@@ -33,7 +28,7 @@ def softmax(scores, head_dim):
 @pytest.mark.parametrize("n", [0, 1, 9])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_attention(n, heads):
-    context, query = draw(n)
+    context, query = prompt(n, 4)
     for kind, weigh in [(SoftmaxAttention, softmax), (LinearAttention, lambda scores, _: scores / len(scores))]:
         layer = kind(4, heads, head_dim=3).double()
         np.testing.assert_allclose(
@@ -42,17 +37,17 @@ def test_attention(n, heads):
 
 
 def test_one_token_attends_to_itself_as_derived():
-    layer, (context, query) = SoftmaxAttention(4).double(), draw(0)
+    layer, (context, query) = SoftmaxAttention(4).double(), prompt(0, 4)
     formula = symbolic.single_token_attention().lambdify("torch")
     with torch.no_grad():
         derived = torch.as_tensor(formula(layer.output.weight, layer.value.weight, query)).reshape(-1)
         torch.testing.assert_close(layer(context, query), derived, rtol=1e-12, atol=1e-14)
-        assert not torch.allclose(layer(*draw(1)), derived, rtol=1e-3)  # negative control: two tokens
+        assert not torch.allclose(layer(*prompt(1, 4)), derived, rtol=1e-3)  # negative control: two tokens
 
 
 @pytest.mark.parametrize("n", [0, 1, 9])
 def test_gru(n):
-    layer, (context, query) = GRU(4, 5).double(), draw(n)
+    layer, (context, query) = GRU(4, 5).double(), prompt(n, 4)
     cell = layer.cell
     w_i, w_h, b_i, b_h = (
         getattr(cell, name).detach().numpy() for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
@@ -66,14 +61,14 @@ def test_gru(n):
 
 
 def test_mean_pooling():
-    context, query = draw(9)
+    context, query = prompt(9, 4)
     np.testing.assert_allclose(MeanPooling()(context, query), np.vstack([context, query]).mean(0), rtol=1e-12)
     assert torch.equal(MeanPooling()(context[:0], query), query)
 
 
 @pytest.mark.parametrize("batch", [(2,), (2, 3), (0,)])
 def test_batches_are_single_prompts_stacked(batch):
-    context, query = draw(5, batch=batch)
+    context, query = prompt(5, 4, batch=batch)
     for layer in (SoftmaxAttention(4, 2), LinearAttention(4, 2), GRU(4, 5), MeanPooling()):
         layer = layer.double()
         together = layer(context, query)
@@ -101,7 +96,7 @@ def test_heads_that_do_not_divide_are_an_error():
 @pytest.mark.parametrize("batch", [(), (2, 3)])
 @pytest.mark.parametrize("n", [0, 1, 2, 9])
 def test_averages_against_the_layer_on_each_prefix(n, batch):
-    context, query = draw(n, batch=batch)
+    context, query = prompt(n, 4, batch=batch)
     for layer in (SoftmaxAttention(4, 2, head_dim=3).double(), LinearAttention(4, 2).double(), MeanPooling()):
         average = layer.average(context, query)
         read = average.read(average.heads())
@@ -117,14 +112,14 @@ def test_averages_against_the_layer_on_each_prefix(n, batch):
 @pytest.mark.parametrize("batch", [(), (2, 3)])
 @pytest.mark.parametrize("n", [0, 1, 9])
 def test_gru_prefixes_against_the_layer_on_each_prefix(n, batch):
-    layer, (context, query) = GRU(4, 5).double(), draw(n, batch=batch)
+    layer, (context, query) = GRU(4, 5).double(), prompt(n, 4, batch=batch)
     read = layer.prefixes(context, query)
     for i in range(n + 1):
         torch.testing.assert_close(read[..., i, :], layer(context[..., :i, :], query), rtol=1e-12, atol=1e-14)
 
 
 def test_rates_of_softmax_attention_are_its_weights():
-    layer, (context, query) = SoftmaxAttention(4).double(), draw(9)
+    layer, (context, query) = SoftmaxAttention(4).double(), prompt(9, 4)
     rates = layer.average(context, query).rates[:, 0].detach().numpy()
     w_q, w_k = layer.query.weight.detach().numpy(), layer.key.weight.detach().numpy()
     scores = np.array([(w_k @ t) @ (w_q @ query.numpy()) for t in [query.numpy(), *context.numpy()]])

@@ -1,8 +1,10 @@
 """A prompt read token by token: against separate passes over each prefix, and gradients that autograd takes."""
 
 import copy
+import functools
 import itertools
 
+import cases
 import pytest
 import torch
 from torch import nn
@@ -68,16 +70,7 @@ OTHERS = {
     "shuffled": Shuffled,
 }
 LENGTHS = [1, 2, 8, 50]
-
-
-def block_of(layer, skip=False):
-    return ContextualBlock(layer, nn.Sequential(nn.Linear(DIM, 30), nn.GELU(), nn.Linear(30, DIM)), skip).double()
-
-
-def draw(n, batch=()):
-    generator = torch.Generator().manual_seed(n)
-    sequence = torch.randn(*batch, n + 1, DIM, generator=generator, dtype=torch.float64)
-    return sequence[..., :-1, :], sequence[..., -1, :]
+draw, block_of = functools.partial(cases.prompt, dim=DIM), functools.partial(cases.block_of, dim=DIM)
 
 
 def close(actual, expected, scale=None):
@@ -148,9 +141,9 @@ def test_a_map_that_the_contextual_layer_shares_is_edited_in_the_mlp_only():
 
 
 def test_batches_and_skips():
-    block, (context, query) = block_of(SoftmaxAttention(DIM, heads=3), skip=True), draw(9, (2, 3))
+    block, (context, query) = block_of(SoftmaxAttention(DIM, heads=3), skip=True), draw(9, batch=(2, 3))
     path, eaten = trajectory(block, context, query), eaten_from_left(block, context, query)
-    assert path.updates.shape == (2, 3, 10, 30, DIM)
+    assert path.updates.shape == (2, 3, 10, 4 * DIM, DIM)
     assert path.updates.right.shape[-3] == 1, "the right factor is shared"
     one, alone = trajectory(block, context[1, 2], query[1, 2]), eaten_from_left(block, context[1, 2], query[1, 2])
     close(path.updates[1, 2].dense(), one.updates.dense())
@@ -423,4 +416,4 @@ def test_wrong_input():
     with pytest.raises(ValueError, match=r"terms is 5: give a whole number from 0 to 4"):
         eaten_from_left(block, context, query).after(5)
     with pytest.raises(ValueError, match=r"updates.dtype is torch.float32"):
-        answers(block, LowRank(torch.zeros(30, 1), torch.zeros(DIM, 1)), query)
+        answers(block, LowRank(torch.zeros(4 * DIM, 1), torch.zeros(DIM, 1)), query)

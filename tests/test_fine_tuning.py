@@ -4,16 +4,12 @@ import copy
 
 import pytest
 import torch
+from cases import block_of
 from torch import nn
 
-from icl_lib import GRU, ContextualBlock, SoftmaxAttention
+from icl_lib import GRU, SoftmaxAttention
 from icl_lib.paper.fine_tuning import fine_tune, fine_tuned_losses
 from icl_lib.paper.regression import sample_prompts
-
-
-def block_of(layer, skip=False):
-    return ContextualBlock(layer, nn.Sequential(nn.Linear(3, 16), nn.GELU(), nn.Linear(16, 3)), skip).double()
-
 
 PROMPTS = sample_prompts(count=3, examples=12, features=2, seed=0)
 
@@ -21,7 +17,7 @@ PROMPTS = sample_prompts(count=3, examples=12, features=2, seed=0)
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("layer", [lambda: SoftmaxAttention(3), lambda: GRU(3, 3)])
 def test_it_is_sgd_on_the_first_linear_map(layer, skip):
-    block, rate = block_of(layer(), skip), 0.05
+    block, rate = block_of(layer(), 3, skip), 0.05
     before = copy.deepcopy(block.state_dict())
     steps = fine_tune(block, PROMPTS, rate)
     losses = fine_tuned_losses(block, PROMPTS, steps)
@@ -49,7 +45,7 @@ def test_it_is_sgd_on_the_first_linear_map(layer, skip):
 
 
 def test_a_rate_of_zero_changes_nothing():
-    block = block_of(SoftmaxAttention(3))
+    block = block_of(SoftmaxAttention(3), 3)
     steps = fine_tune(block, PROMPTS, 0)
     assert bool((steps.norm() == 0).all())
     losses = fine_tuned_losses(block, PROMPTS, steps)
@@ -57,7 +53,7 @@ def test_a_rate_of_zero_changes_nothing():
 
 
 def test_wrong_input():
-    block = block_of(SoftmaxAttention(3))
+    block = block_of(SoftmaxAttention(3), 3)
     with pytest.raises(ValueError, match="block is a Linear: give a ContextualBlock"):
         fine_tune(nn.Linear(3, 3), PROMPTS, 0.01)
     with pytest.raises(ValueError, match="prompts is a Tensor: give what sample_prompts returns"):

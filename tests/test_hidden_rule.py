@@ -263,7 +263,9 @@ def test_training_learns_repeats_itself_and_goes_on_where_it_was(tmp_path):
 
 def test_training_that_diverges():
     settings = HiddenRuleSettings(**{**vars(SMALL), "learning_rate": 1e30, "steps": 200})
-    with pytest.raises(ValueError, match=r"the loss is not finite at step \d+: lower learning_rate, now 1e\+30"):
+    with pytest.raises(
+        ValueError, match=r"the (loss|gradient) is not finite at step \d+: lower learning_rate, now 1e\+30"
+    ):
         train_hidden_rule(settings, progress=False)
 
 
@@ -413,8 +415,8 @@ def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):
 
 
 def test_the_library_does_not_need_transformers():
-    code = "import sys; sys.modules['transformers'] = None; import icl_lib.paper.hidden_rule as h; h.sample_prompts(2, 2, 0)\n"
-    code += "try:\n    h.build(h.HiddenRuleSettings())\nexcept ImportError as error:\n    print(error)"
+    code = "import sys; sys.modules['transformers'] = None; from icl_lib.paper import hidden_rule as h\n"
+    code += "h.sample_prompts(2, 2, 0)\ntry: h.build(h.HiddenRuleSettings())\nexcept ImportError as error: print(error)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "transformers is missing: pip install 'icl_lib[llm]'.\n"
 

@@ -9,7 +9,8 @@ import accelerate
 import pytest
 import torch
 import transformers
-from language import LENGTH, MIXTURES, prompts, relative, same, shared, state
+from cases import relative
+from language import LENGTH, MIXTURES, prompts, same, shared, state
 
 from icl_lib import Patch, absorb, greedy_agreement, verify
 from icl_lib.models.anatomy import known_anatomy

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from language import LENGTH, VOCABULARY, prompts, relative, same, shared, state
+from cases import relative
+from language import LENGTH, VOCABULARY, prompts, same, shared, state
 from torch import nn
 
 from icl_lib import Anatomy, Transformer, TransformerConfig, absorb, greedy_agreement, register_anatomy, verify

@@ -8,7 +8,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from language import LENGTH, prompts, relative, shared
+from cases import relative
+from language import LENGTH, prompts, shared
 
 from icl_lib import absorb
 

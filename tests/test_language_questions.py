@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from language import relative, same, shared, state
+from cases import relative
+from language import same, shared, state
 
 from icl_lib import absorb
 from icl_lib.paper import plots

@@ -7,7 +7,8 @@ import json
 import peft
 import pytest
 import torch
-from language import LENGTH, prompts, relative, same, shared, state
+from cases import relative
+from language import LENGTH, prompts, same, shared, state
 from safetensors.torch import load_file
 
 from icl_lib import absorb

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,10 +13,7 @@ BATCHES = [((), ()), ((3,), (3,)), ((3,), (1,)), ((2, 1), (2, 4)), ((0,), (0,))]
 
 
 def draw(seed, left_batch=(), right_batch=(), out=5, in_=4, columns=2, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.randn(*left_batch, out, columns, generator=generator, dtype=torch.float64)
-    right = torch.randn(*right_batch, in_, columns, generator=generator, dtype=torch.float64)
-    return LowRank(left.to(dtype), right.to(dtype))
+    return LowRank(*normal((*left_batch, out, columns), (*right_batch, in_, columns), seed=seed, dtype=dtype))
 
 
 def numpy_dense(low_rank):

@@ -3,16 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from cases import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 from icl_lib import bias_update, symbolic, weight_update
 
 
-def draw(seed, out=4, in_=3, batch=(), dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(out, in_), (*batch, in_), (*batch, in_)]
-    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+def draw(seed, out=4, in_=3, dtype=torch.float64):
+    return normal((out, in_), (in_,), (in_,), seed=seed, dtype=dtype)
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**32 - 1))

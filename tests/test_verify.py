@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_absorb import lively
+from cases import lively
 
 from icl_lib import Report, absorb, verify
 from icl_lib.measures import relative_error, scientific

@@ -17,32 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icl_lib.blocks.contextual import check_prompt
+from icl_lib.blocks.contextual import require_prompt
 from icl_lib.blocks.edits import edited_linear
 from icl_lib.blocks.structure import first_and_last_linear, replaced, require_deterministic
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import bias_update, weight_update
-from icl_lib.validation import (
-    require_broadcastable,
-    require_float,
-    require_same_kind,
-    validated_by,
-)
-
-
-def _check_block(_: Any, contextual: Any, mlp: Any, skip: Any) -> None:
-    if not callable(contextual):
-        raise ValueError(
-            f"contextual is a {type(contextual).__name__}: give a function (context, query) -> [*batch, in]."
-        )
-    if not isinstance(mlp, nn.Module):
-        raise ValueError(f"mlp is a {type(mlp).__name__}: give a torch.nn.Module.")
-    if not isinstance(skip, bool):
-        raise ValueError(f"skip is {skip!r}: give True or False.")
-
-
-def _check_forward(_: Any, context: Any, query: Any) -> None:
-    check_prompt(context, query)
+from icl_lib.validation import require_broadcastable, require_float, require_instance, require_same_kind
 
 
 class ContextualBlock(nn.Module):
@@ -55,9 +35,9 @@ class ContextualBlock(nn.Module):
             end in a `torch.nn.Linear`, whose bias is the theorem's $b'$.
 
     Raises `ValueError` for an MLP that is not of this form, because the theorem's edit would not be exact. The form is
-    tested when the block is made (:mod:`icl_lib.blocks.structure`), so do not change ``mlp`` or ``skip`` afterwards. Modules
-    with random outputs, such as dropout in training mode, are refused when an edit is computed: call ``block.eval()``
-    first.
+    tested when the block is made (:mod:`icl_lib.blocks.structure`), so do not change ``mlp`` or ``skip`` afterwards.
+    Modules with random outputs, such as dropout in training mode, are refused when an edit is computed: call
+    ``block.eval()`` first.
 
     >>> from icl_lib import SoftmaxAttention
     >>> mlp = nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4))
@@ -66,9 +46,15 @@ class ContextualBlock(nn.Module):
     torch.Size([4])
     """
 
-    @validated_by(_check_block)
     def __init__(self, contextual: Callable[..., Any], mlp: nn.Module, skip: bool = False) -> None:
         super().__init__()
+        if not callable(contextual):
+            raise ValueError(
+                f"contextual is a {type(contextual).__name__}: give a function (context, query) -> [*batch, in]."
+            )
+        require_instance("mlp", mlp, nn.Module, "give a torch.nn.Module.")
+        if not isinstance(skip, bool):
+            raise ValueError(f"skip is {skip!r}: give True or False.")
         self._first, self._last = first_and_last_linear(mlp, output_bias=skip)
         self.contextual, self.mlp, self.skip = contextual, mlp, skip
 
@@ -82,11 +68,11 @@ class ContextualBlock(nn.Module):
         """The MLP's last linear map; with ``skip``, its bias is the theorem's $b'$."""
         return self.mlp.get_submodule(self._last)
 
-    @validated_by(_check_forward)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch out"]:
         """The block's output at the query; ``context`` may hold no token."""
+        require_prompt(context, query)
         activation = self.contextual(context, query)
         output = self.mlp(activation)
         return query + activation + output if self.skip else output
@@ -109,52 +95,20 @@ class ContextualBlock(nn.Module):
         return read
 
 
-def _require_block(block: Any) -> None:
-    if not isinstance(block, ContextualBlock):
-        raise ValueError(
-            f"block is a {type(block).__name__}: give a ContextualBlock. For a Transformer of one block, call its "
-            ".contextual_block()."
-        )
+def require_block(block: ContextualBlock) -> None:
+    """Raise a `ValueError` for anything but a contextual block."""
+    remedy = "give a ContextualBlock. For a Transformer of one block, call its .contextual_block()."
+    require_instance("block", block, ContextualBlock, remedy)
 
 
-def check_block_prompt(block: Any, context: Any, query: Any) -> None:
+def require_block_prompt(block: ContextualBlock, context: Tensor, query: Tensor) -> None:
     """Raise a `ValueError` unless the block is a contextual block and the prompt fits it and has a context."""
-    _require_block(block)
-    check_prompt(context, query)
+    require_block(block)
+    require_prompt(context, query)
     require_same_kind("block's weight", block.first_linear.weight, context=context)
     require_deterministic(block, "block")
     if context.shape[-2] == 0:
         raise ValueError("context is empty: there is nothing to turn into an edit. Give at least one token.")
-
-
-def _check_implicit_update(block: Any, context: Any, query: Any, keep: Any) -> None:
-    check_block_prompt(block, context, query)
-    _kept_indices(keep, context.shape[-2])
-
-
-def _require_fit(update: ImplicitUpdate, block: Any) -> None:
-    _require_block(block)
-    weight = block.first_linear.weight
-    require_same_kind("block's weight", weight, update=update.weight)
-    if update.weight.shape[-2:] != weight.shape[-2:]:
-        raise ValueError(
-            f"the update is {tuple(update.weight.shape)} and the block's weight {tuple(weight.shape)}: "
-            "apply it to the block (or a copy of the block) that it was computed from."
-        )
-    require_broadcastable(update=update.weight.batch_shape, block=weight.shape[:-2])
-    if (update.bias is not None) != block.skip:
-        raise ValueError(
-            f"the update {'has' if update.bias is not None else 'lacks'} a bias part and the block has "
-            f"skip={block.skip}: compute the update from a block with the same skip."
-        )
-    if update.bias is not None:
-        require_same_kind("block's weight", weight, bias=update.bias)
-        wanted = (*update.weight.batch_shape, weight.shape[-1])
-        if update.bias.shape != wanted:
-            raise ValueError(
-                f"the update's bias has shape {tuple(update.bias.shape)}, but its weight update has shape "
-                f"{tuple(update.weight.shape)}: the bias must have shape {wanted}."
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +128,6 @@ class ImplicitUpdate:
         within = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
         return ImplicitUpdate(self.weight[index], None if self.bias is None else self.bias[within])
 
-    @validated_by(_require_fit)
     def apply(self, block: ContextualBlock) -> ContextualBlock:
         """Return a copy of ``block`` with edited weights; ``block`` itself does not change.
 
@@ -185,6 +138,28 @@ class ImplicitUpdate:
         Raises `ValueError` if the update does not match the block in shape, dtype, device or skip connection, or if
         the edited weights overflow.
         """
+        require_block(block)
+        weight = block.first_linear.weight
+        require_same_kind("block's weight", weight, update=self.weight)
+        if self.weight.shape[-2:] != weight.shape[-2:]:
+            raise ValueError(
+                f"the update is {tuple(self.weight.shape)} and the block's weight {tuple(weight.shape)}: "
+                "apply it to the block (or a copy of the block) that it was computed from."
+            )
+        require_broadcastable(update=self.weight.batch_shape, block=weight.shape[:-2])
+        if (self.bias is not None) != block.skip:
+            raise ValueError(
+                f"the update {'has' if self.bias is not None else 'lacks'} a bias part and the block has "
+                f"skip={block.skip}: compute the update from a block with the same skip."
+            )
+        if self.bias is not None:
+            require_same_kind("block's weight", weight, bias=self.bias)
+            wanted = (*self.weight.batch_shape, weight.shape[-1])
+            if self.bias.shape != wanted:
+                raise ValueError(
+                    f"the update's bias has shape {tuple(self.bias.shape)}, but its weight update has shape "
+                    f"{tuple(self.weight.shape)}: the bias must have shape {wanted}."
+                )
         edited = copy.deepcopy(block)
         with torch.no_grad():
             # The linear map is replaced, not changed in place: another layer may share it and must keep the old one.
@@ -194,7 +169,6 @@ class ImplicitUpdate:
         return edited
 
 
-@validated_by(_check_implicit_update)
 def implicit_update(
     block: ContextualBlock,
     context: Float[Tensor, "*batch n dim"],
@@ -229,21 +203,16 @@ def implicit_update(
     >>> bool((block(context[:0], query) - wanted).norm() < 1e-2 * wanted.norm())  # the same without the edit
     False
     """
+    require_block_prompt(block, context, query)
+    kept = kept_context(context, keep)
     with torch.no_grad():
-        a_with = block.read(context, query)
-        a_without = block.read(kept_context(context, keep), query)
+        a_with, a_without = block.read(context, query), block.read(kept, query)
         return ImplicitUpdate(
             weight=weight_update(block.first_linear.weight, a_without, a_with),
             bias=bias_update(a_without, a_with) if block.skip else None,
         )
 
 
-def _check_kept_context(context: Any, keep: Any) -> None:
-    require_float("context", context, 2, "[*batch, n, dim]")
-    _kept_indices(keep, context.shape[-2])
-
-
-@validated_by(_check_kept_context)
 def kept_context(
     context: Float[Tensor, "*batch n dim"], keep: Iterable | None = None
 ) -> Float[Tensor, "*batch kept dim"]:
@@ -257,14 +226,10 @@ def kept_context(
     >>> kept_context(torch.zeros(3, 1)).shape
     torch.Size([0, 1])
     """
-    indices = _kept_indices(keep, context.shape[-2])
-    return context[..., torch.tensor(indices, dtype=torch.long, device=context.device), :]
-
-
-def _kept_indices(keep: Any, length: int) -> list[int]:
-    if keep is None:
-        return []
-    listed = keep.tolist() if hasattr(keep, "tolist") else keep
+    require_float("context", context, 2, "[*batch, n, dim]")
+    length, listed = context.shape[-2], keep.tolist() if hasattr(keep, "tolist") else keep
+    if listed is None:
+        return context[..., :0, :]
     if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes)):
         raise ValueError(f"keep is a {type(keep).__name__}: give a sequence of indices, or None to keep no token.")
     indices = [index.item() if hasattr(index, "item") else index for index in listed]
@@ -278,4 +243,4 @@ def _kept_indices(keep: Any, length: int) -> list[int]:
             raise ValueError(f"keep[{place}] is {index}: {tokens}.")
     if len(set(indices)) < len(indices):
         raise ValueError(f"keep names a token twice: {indices}. Give each index once.")
-    return sorted(indices)
+    return context[..., torch.tensor(sorted(indices), dtype=torch.long, device=context.device), :]

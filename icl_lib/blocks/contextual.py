@@ -14,17 +14,16 @@ after $0, 1, \dots, n$ tokens, ``[*batch, n + 1, out]``. :mod:`icl_lib.dynamics`
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl_lib.blocks.running_average import RunningAverage
-from icl_lib.validation import require_float, require_same_kind, require_size, validated_by
+from icl_lib.validation import require_float, require_same_kind, require_size
 
 
-def check_prompt(context: Any, query: Any) -> None:
+def require_prompt(context: Tensor, query: Tensor) -> None:
     """Raise a `ValueError` unless the context and the query match; see the shapes above."""
     require_float("context", context, 2, "[*batch, n, dim]")
     require_float("query", query, 1, "[*batch, dim]")
@@ -36,9 +35,9 @@ def check_prompt(context: Any, query: Any) -> None:
         )
 
 
-def check_layer_prompt(layer: nn.Module, context: Any, query: Any) -> None:
+def require_layer_prompt(layer: nn.Module, context: Tensor, query: Tensor) -> None:
     """Raise a `ValueError` unless the prompt has the width ``layer.dim`` and the dtype and device of the layer."""
-    check_prompt(context, query)
+    require_prompt(context, query)
     if layer.dim is not None and query.shape[-1] != layer.dim:
         raise ValueError(
             f"query has {query.shape[-1]} features and this layer reads {layer.dim}: give a prompt of this width."
@@ -99,11 +98,11 @@ class SoftmaxAttention(_MultiHead):
     True
     """
 
-    @validated_by(check_layer_prompt)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch dim"]:
         """The output at the query."""
+        require_layer_prompt(self, context, query)
         return self._attend(query.unsqueeze(-2), tokens(context, query), causal=False).squeeze(-2)
 
     def at_every_position(
@@ -125,7 +124,6 @@ class SoftmaxAttention(_MultiHead):
         read = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.output(read.transpose(-3, -2).flatten(-2))
 
-    @validated_by(check_layer_prompt)
     def average(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> RunningAverage:
         r"""The running average over the tokens; $\alpha_i$ is the attention weight of $c_i$ among $c_1 \dots c_i, x$.
 
@@ -135,6 +133,7 @@ class SoftmaxAttention(_MultiHead):
         >>> torch.allclose(average.read(average.heads())[3], layer(context[:3], query))
         True
         """
+        require_layer_prompt(self, context, query)
         keys, values, asked = self._scored(context, query)
         scores = torch.einsum("...nhd,...hd->...nh", keys, asked) / math.sqrt(self.head_dim)
         sequence = torch.cat([scores[..., -1:, :], scores[..., :-1, :]], dim=-2)  # the average starts with the query
@@ -152,11 +151,11 @@ class LinearAttention(_MultiHead):
     torch.Size([4])
     """
 
-    @validated_by(check_layer_prompt)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch dim"]:
         """The output at the query."""
+        require_layer_prompt(self, context, query)
         return self.output(self._weighted(context, query).mean(dim=-3).flatten(-2))
 
     def _weighted(self, context: Tensor, query: Tensor) -> Tensor:
@@ -164,9 +163,9 @@ class LinearAttention(_MultiHead):
         keys, values, asked = self._scored(context, query)
         return torch.einsum("...nhd,...hd->...nh", keys, asked).unsqueeze(-1) * values
 
-    @validated_by(check_layer_prompt)
     def average(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> RunningAverage:
         r"""The running average over values times scores: $\alpha_i = 1/(i + 1)$."""
+        require_layer_prompt(self, context, query)
         weighted = self._weighted(context, query)
         values, start = weighted[..., :-1, :, :], weighted[..., -1, :, :]
         return RunningAverage(_uniform_rates(values), values, start, self.output.weight)
@@ -186,17 +185,16 @@ class GRU(nn.Module):
         self.dim = dim
         self.cell = nn.GRU(dim, hidden, batch_first=True)
 
-    @validated_by(check_layer_prompt)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch hidden"]:
         """The state after the context and the query."""
+        require_layer_prompt(self, context, query)
         sequence = tokens(context, query)
         flat = sequence.reshape(math.prod(query.shape[:-1]), *sequence.shape[-2:])  # nn.GRU takes one batch dimension
         _, state = self.cell(flat)
         return state[0].reshape(*query.shape[:-1], state.shape[-1])
 
-    @validated_by(check_layer_prompt)
     def prefixes(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch n+1 hidden"]:
@@ -206,6 +204,7 @@ class GRU(nn.Module):
         >>> torch.allclose(layer.prefixes(context, query)[3], layer(context[:3], query), atol=1e-6)
         True
         """
+        require_layer_prompt(self, context, query)
         batch, n = query.shape[:-1], context.shape[-2]
         states = query.new_zeros(*batch, n + 1, self.cell.hidden_size)
         if n:
@@ -225,16 +224,16 @@ class MeanPooling(nn.Module):
 
     dim = None  # reads any width
 
-    @validated_by(check_layer_prompt)
     def forward(
         self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
     ) -> Float[Tensor, "*batch dim"]:
         """The mean over the context and the query."""
+        require_layer_prompt(self, context, query)
         return tokens(context, query).mean(dim=-2)
 
-    @validated_by(check_layer_prompt)
     def average(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> RunningAverage:
         r"""The running average over the tokens: $\alpha_i = 1/(i + 1)$."""
+        require_layer_prompt(self, context, query)
         values = context.unsqueeze(-2)
         return RunningAverage(_uniform_rates(values), values, query.unsqueeze(-2))
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from icl_lib.blocks.block import ContextualBlock
-from icl_lib.blocks.contextual import SoftmaxAttention, check_layer_prompt
+from icl_lib.blocks.contextual import SoftmaxAttention, require_layer_prompt
 from icl_lib.blocks.running_average import RunningAverage
-from icl_lib.validation import require_float, require_same_kind, require_size, validated_by
+from icl_lib.validation import require_float, require_same_kind, require_size
 
 
 @dataclass(frozen=True)
@@ -118,15 +117,6 @@ class Block(nn.Module):
         return norm(after) if self.config.norm == "post" else after
 
 
-def _check_sequence(model: Transformer, sequence: Any) -> None:
-    require_float("sequence", sequence, 2, "[*batch, n, dim]")
-    require_same_kind("the model", next(model.parameters()), sequence=sequence)
-    if sequence.shape[-1] != model.config.dim or sequence.shape[-2] == 0:
-        raise ValueError(
-            f"sequence has shape {tuple(sequence.shape)}: give [*batch, n, {model.config.dim}] with n ≥ 1."
-        )
-
-
 class Transformer(nn.Module):
     """A stack of blocks; if ``config.width`` is given, with linear maps into and out of the residual stream.
 
@@ -146,15 +136,13 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.unembed = nn.Linear(config.stream, config.dim, bias=False) if embedded else nn.Identity()
 
-    @validated_by(_check_sequence)
     def forward(self, sequence: Float[Tensor, "*batch n dim"]) -> Float[Tensor, "*batch n dim"]:
         """Return the model's output at every position."""
-        stream = self.embed(sequence)
+        stream = self._embedded(sequence)
         for block in self.blocks:
             stream = block(stream)
         return self.unembed(stream)
 
-    @validated_by(_check_sequence)
     def at_query(self, sequence: Float[Tensor, "*batch n dim"]) -> Float[Tensor, "*batch dim"]:
         """Return the output at the last position; the last block is computed only there.
 
@@ -163,10 +151,19 @@ class Transformer(nn.Module):
         >>> torch.allclose(model.at_query(sequence), model(sequence)[-1], atol=1e-5)
         True
         """
-        stream = self.embed(sequence)
+        stream = self._embedded(sequence)
         for block in self.blocks[:-1]:
             stream = block(stream)
         return self.unembed(self.blocks[-1].at_query(stream)).squeeze(-2)
+
+    def _embedded(self, sequence: Tensor) -> Tensor:
+        require_float("sequence", sequence, 2, "[*batch, n, dim]")
+        require_same_kind("the model", next(self.parameters()), sequence=sequence)
+        if sequence.shape[-1] != self.config.dim or sequence.shape[-2] == 0:
+            raise ValueError(
+                f"sequence has shape {tuple(sequence.shape)}: give [*batch, n, {self.config.dim}] with n ≥ 1."
+            )
+        return self.embed(sequence)
 
     def contextual_block(self) -> ContextualBlock:
         r"""Return a model of one block, without skip connections and norms, as $f_\theta(W A(C, x) + b)$.
@@ -206,11 +203,11 @@ class _Embedded(nn.Module):
         super().__init__()
         self.embed, self.layer, self.dim = embed, layer, dim
 
-    @validated_by(check_layer_prompt)
     def forward(self, context: Tensor, query: Tensor) -> Tensor:
+        require_layer_prompt(self, context, query)
         return self.layer(self.embed(context), self.embed(query))
 
-    @validated_by(check_layer_prompt)
     def average(self, context: Tensor, query: Tensor) -> RunningAverage:
         """Return the running average of the layer behind the embedding."""
+        require_layer_prompt(self, context, query)
         return self.layer.average(self.embed(context), self.embed(query))

@@ -21,11 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl_lib.blocks.block import ContextualBlock, check_block_prompt
+from icl_lib.blocks.block import ContextualBlock, require_block_prompt
 from icl_lib.dynamics.prefixes import read_suffixes
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import weight_update
-from icl_lib.validation import validated_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +53,6 @@ class EatenFromLeft:
         return self.steps.left.norm(dim=-2) * self.steps.right.norm(dim=-2)
 
 
-@validated_by(check_block_prompt)
 def eaten_from_left(
     block: ContextualBlock, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
 ) -> EatenFromLeft:
@@ -73,6 +71,7 @@ def eaten_from_left(
     >>> [int(eaten.after(tokens).rank()) for tokens in range(10)]
     [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]
     """
+    require_block_prompt(block, context, query)
     with torch.no_grad():
         weight = block.first_linear.weight.detach()
         suffixes = read_suffixes(block, context, query)

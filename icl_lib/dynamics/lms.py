@@ -19,14 +19,12 @@ for a layer whose positions do not shift. Derived in :func:`icl_lib.symbolic.nor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from icl_lib.blocks.running_average import RunningAverage
 from icl_lib.dynamics.path import Trajectory
-from icl_lib.validation import validated_by
+from icl_lib.validation import require_instance
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,17 +49,6 @@ class NormalisedLMS:
     marginal_norms: Tensor
 
 
-def _check_normalised_lms(path: Any) -> None:
-    if not isinstance(path, Trajectory):
-        raise ValueError(f"path is a {type(path).__name__}: give what icl_lib.dynamics.trajectory returns.")
-    if path.prefixes.average is None:
-        raise ValueError(
-            f"path is not a run of normalised LMS: {path.prefixes.why_not}. Its updates are exact nevertheless. If the "
-            "layer is an average over tokens, give it a method `average(context, query)` that returns a RunningAverage."
-        )
-
-
-@validated_by(_check_normalised_lms)
 def normalised_lms(path: Trajectory) -> NormalisedLMS:
     """The quadratic loss, the target and the learning rate of each token of a prompt; see :mod:`icl_lib.dynamics.lms`.
 
@@ -80,7 +67,13 @@ def normalised_lms(path: Trajectory) -> NormalisedLMS:
     >>> torch.allclose(reading.after, (1 - reading.rates) ** 2 * reading.before)
     True
     """
-    average: RunningAverage = path.prefixes.average
+    require_instance("path", path, Trajectory, "give what icl_lib.dynamics.trajectory returns.")
+    average = path.prefixes.average
+    if average is None:
+        raise ValueError(
+            f"path is not a run of normalised LMS: {path.prefixes.why_not}. Its updates are exact nevertheless. If the "
+            "layer is an average over tokens, give it a method `average(context, query)` that returns a RunningAverage."
+        )
     with torch.no_grad():
         start = path.activations[..., 0, :]
         # W(v − a) for each head: the difference between its target and its present output.

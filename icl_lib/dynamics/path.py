@@ -23,11 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl_lib.blocks.block import ContextualBlock, check_block_prompt
+from icl_lib.blocks.block import ContextualBlock, require_block_prompt
 from icl_lib.dynamics.prefixes import Prefixes, read_prefixes
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import weight_update
-from icl_lib.validation import validated_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +92,6 @@ class Trajectory:
         return at_start + before, at_start + after
 
 
-@validated_by(check_block_prompt)
 def trajectory(
     block: ContextualBlock, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
 ) -> Trajectory:
@@ -103,7 +101,8 @@ def trajectory(
 
     (In a block with a skip connection the output bias moves as well, by ``bias_updates``.)
     Source: Dherin et al. (arXiv 2507.16003), version 1, section 3. For a layer with a method ``average`` or
-    ``prefixes`` (:mod:`icl_lib.blocks.contextual`) this takes one pass and $O(n)$ memory; for others, one pass per prefix.
+    ``prefixes`` (:mod:`icl_lib.blocks.contextual`) this takes one pass and $O(n)$ memory; for others, one pass for each
+    prefix.
 
     Shapes: ``context`` ``[*batch, n, dim]`` with ``n ≥ 1``, ``query`` ``[*batch, dim]``. The block is left as it was.
 
@@ -118,6 +117,7 @@ def trajectory(
     >>> bool(path.updates[0].norm() == 0)
     True
     """
+    require_block_prompt(block, context, query)
     with torch.no_grad():
         found = Trajectory(block.first_linear.weight.detach(), read_prefixes(block, context, query))
         # Raises here, not at the first use of the weights, where a₀ is zero or a number overflows.

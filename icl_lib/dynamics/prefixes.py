@@ -30,8 +30,8 @@ class Prefixes:
 def read_prefixes(block: ContextualBlock, context: Tensor, query: Tensor) -> Prefixes:
     r"""$A(c_1 \dots c_i, x)$ for every $i$ from 0 to $n$.
 
-    One pass where the layer has a method ``average`` or ``prefixes`` (:mod:`icl_lib.blocks.contextual`) whose results agree
-    with the layer's own for no token, one token, half of them and all; otherwise one pass for each prefix.
+    One pass where the layer has a method ``average`` or ``prefixes`` (:mod:`icl_lib.blocks.contextual`) whose results
+    agree with the layer's own for no token, one token, half of them and all; otherwise one pass for each prefix.
     """
     layer, n = block.contextual, context.shape[-2]
 

@@ -13,40 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl_lib.blocks.block import ContextualBlock
+from icl_lib.blocks.block import ContextualBlock, require_block
 from icl_lib.dynamics.path import Trajectory
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import alignment
-from icl_lib.validation import require_broadcastable, require_float, require_same_kind, validated_by
+from icl_lib.validation import require_broadcastable, require_float, require_instance, require_same_kind
 
 Loss = Callable[[Tensor], Tensor]
 
 
-def _check_answers(block: Any, updates: Any, query: Any, bias: Any) -> None:
-    if not isinstance(block, ContextualBlock):
-        raise ValueError(f"block is a {type(block).__name__}: give a ContextualBlock.")
-    if not isinstance(updates, LowRank):
-        raise ValueError(f"updates is a {type(updates).__name__}: give a LowRank, such as trajectory(…).updates.")
-    require_float("query", query, 1, "[*batch, dim]")
-    require_same_kind("block's weight", block.first_linear.weight, updates=updates, query=query)
-    require_broadcastable(updates=updates.batch_shape, query=query.shape[:-1])
-    if bias is not None:
-        if not block.skip:
-            raise ValueError("bias is given, but the block has no skip connection: leave it out.")
-        require_float("bias", bias, 1, "[*batch, dim]")
-        require_broadcastable(updates=updates.batch_shape, bias=bias.shape[:-1])
-
-
-def _check_task_gradients(block: Any, updates: Any, query: Any, loss: Any, bias: Any) -> None:
-    _check_answers(block, updates, query, bias)
-    if not callable(loss):
-        raise ValueError(
-            f"loss is a {type(loss).__name__}: give a function that takes the block's outputs and returns one number "
-            "for each query."
-        )
-
-
-@validated_by(_check_answers)
 def answers(
     block: ContextualBlock, updates: LowRank, query: Float[Tensor, "*batch dim"], bias: Tensor | None = None
 ) -> Float[Tensor, "*answers out"]:
@@ -70,7 +45,17 @@ def answers(
 
 def _run(block: ContextualBlock, updates: LowRank, query: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the input of the first linear map and its output, at which gradients are taken."""
-    query = query.expand(*torch.broadcast_shapes(updates.batch_shape, query.shape[:-1]), -1)
+    require_block(block)
+    require_instance("updates", updates, LowRank, "give a LowRank, such as trajectory(…).updates.")
+    require_float("query", query, 1, "[*batch, dim]")
+    require_same_kind("block's weight", block.first_linear.weight, updates=updates, query=query)
+    batch = require_broadcastable(updates=updates.batch_shape, query=query.shape[:-1])
+    if bias is not None:
+        if not block.skip:
+            raise ValueError("bias is given, but the block has no skip connection: leave it out.")
+        require_float("bias", bias, 1, "[*batch, dim]")
+        require_broadcastable(updates=updates.batch_shape, bias=bias.shape[:-1])
+    query = query.expand(*batch, -1)
     read = block.read(query.unsqueeze(-2)[..., :0, :], query).detach()
     answered: list[Tensor] = []
 
@@ -89,7 +74,6 @@ def _run(block: ContextualBlock, updates: LowRank, query: Tensor, bias: Tensor |
     return output, read, answered[0]
 
 
-@validated_by(_check_task_gradients)
 def task_gradients(
     block: ContextualBlock,
     updates: LowRank,
@@ -114,24 +98,17 @@ def task_gradients(
     >>> task_gradients(block, none, torch.tensor([1.0, 3.0]), lambda output: output[..., 0]).dense()
     tensor([[1., 3.]])
     """
+    if not callable(loss):
+        raise ValueError(
+            f"loss is a {type(loss).__name__}: give a function that takes the block's outputs and returns one number "
+            "for each query."
+        )
     with torch.enable_grad():
         output, read, answer = _run(block, updates, query, bias)
         (slope,) = torch.autograd.grad(loss(output).sum(), answer)
     return LowRank(slope.unsqueeze(-1), read.unsqueeze(-1))
 
 
-def _check_step_alignment(path: Any, block: Any, query: Any, loss: Any) -> None:
-    if not isinstance(path, Trajectory):
-        raise ValueError(f"path is a {type(path).__name__}: give what icl_lib.dynamics.trajectory returns.")
-    require_float("query", query, 1, "[*batch, dim] or [*batch, n, dim]")
-    batch = len(path.activations.shape) - 2
-    if query.ndim not in (batch + 1, batch + 2):
-        raise ValueError(
-            f"query has shape {tuple(query.shape)}: give [*batch, dim], or [*batch, n, dim] for each step."
-        )
-
-
-@validated_by(_check_step_alignment)
 def step_alignment(path: Trajectory, block: ContextualBlock, query: Tensor, loss: Loss) -> Float[Tensor, "*batch n"]:
     r"""The cosine of each token's step with the descent direction of the task's loss at the weights before the step.
 
@@ -151,8 +128,14 @@ def step_alignment(path: Trajectory, block: ContextualBlock, query: Tensor, loss
 
     NaN where a step or a gradient is zero.
     """
-    batch = path.activations.shape[:-2]
-    each = query if query.ndim == len(batch) + 2 else query.unsqueeze(-2)
+    require_instance("path", path, Trajectory, "give what icl_lib.dynamics.trajectory returns.")
+    require_block(block)
+    require_float("query", query, 1, "[*batch, dim] or [*batch, n, dim]")
+    if query.ndim not in (path.activations.ndim - 1, path.activations.ndim):
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}: give [*batch, dim], or [*batch, n, dim] for each step."
+        )
+    each = query if query.ndim == path.activations.ndim else query.unsqueeze(-2)
     bias = path.bias_updates[..., :-1, :] if block.skip else None
     gradients = task_gradients(block, path.updates[..., :-1], each, loss, bias)
     return alignment(path.increments, -gradients)

@@ -27,6 +27,7 @@ import torch
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.image import AxesImage
 
 from icl_lib.theorem import weight_update
 
@@ -66,6 +67,12 @@ STYLE = {
     "ytick.color": INK,
 }
 """The matplotlib settings of every picture; :func:`figure` applies them."""
+
+WIDE = {"color": COLOURS["vermillion"], "linewidth": 7, "alpha": 0.45}
+"""A wide pale line, on which another curve can lie and be seen."""
+
+UNDER = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": "small", "columnspacing": 1}
+"""A legend below the axes."""
 
 # A file opened by itself, or shown by a code host, has no page that sets its text colour and font.
 _STANDALONE = (
@@ -154,6 +161,33 @@ class Row:
         style = "display:flex;flex-wrap:wrap;justify-content:center;gap:0.5rem 1rem"
         inner = "".join(picture._repr_html_() for picture in self.pictures)
         return f'<div class="icl-row" style="{style}">{inner}</div>'
+
+
+def heat_map(ax: Axes, matrix: Any, limit: float | int, numbers: bool = False, **style: Any) -> AxesImage:
+    """Draw a matrix in colours from ``-limit`` to ``limit``, with its numbers if asked for.
+
+    >>> with figure() as (fig, ax):
+    ...     picture = heat_map(ax, [[-0.5, 1.0]], limit=1, numbers=True)
+    >>> print(ax.texts[0].get_text(), picture.get_cmap().name)
+    −0.50 PuOr
+    """
+    picture = ax.imshow(matrix, **{"cmap": "PuOr", "vmin": -limit, "vmax": limit, "interpolation": "nearest", **style})
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    for (i, j), value in np.ndenumerate(matrix) if numbers else ():
+        colour = "#ffffff" if abs(value) > 0.6 * limit else "#111111"
+        ax.annotate(signed(value, ".2f"), (j, i), ha="center", va="center", color=colour, fontsize="small")
+    return picture
+
+
+def colour_of(number: int) -> str:
+    """The colours of the series in turn, without grey, which is for controls."""
+    return list(COLOURS.values())[number % (len(COLOURS) - 1)]
+
+
+def signed(value: float | int, form: str = "g") -> str:
+    """Write a number with the minus sign of the axes."""
+    return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
 
 
 def _draw(fig: MatplotlibFigure) -> str:

@@ -6,31 +6,18 @@ Source: Dherin et al. (arXiv 2507.16003, version 1), Figure 4.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icl_lib.blocks.block import ContextualBlock
+from icl_lib.blocks.block import ContextualBlock, require_block
 from icl_lib.dynamics.task import answers, task_gradients
 from icl_lib.low_rank import LowRank
 from icl_lib.paper.regression import Prompts, squared_error
-from icl_lib.validation import validated_by
+from icl_lib.validation import require_instance
 
 
-def _check_fine_tune(block: Any, prompts: Any, learning_rate: Any) -> None:
-    if not isinstance(block, ContextualBlock):
-        raise ValueError(f"block is a {type(block).__name__}: give a ContextualBlock.")
-    if not isinstance(prompts, Prompts):
-        raise ValueError(f"prompts is a {type(prompts).__name__}: give what sample_prompts returns.")
-    if prompts.context.shape[-2] == 0:
-        raise ValueError("prompts hold no examples to train on: sample them with examples ≥ 1.")
-    if isinstance(learning_rate, bool) or not 0 <= learning_rate < float("inf"):
-        raise ValueError(f"learning_rate is {learning_rate}: give zero or a positive number, such as 0.01.")
-
-
-@validated_by(_check_fine_tune)
 def fine_tune(block: ContextualBlock, prompts: Prompts, learning_rate: float | int) -> LowRank:
     r"""Train the first linear map of a block by SGD on the examples of each prompt, one step for each example.
 
@@ -51,6 +38,9 @@ def fine_tune(block: ContextualBlock, prompts: Prompts, learning_rate: float | i
     >>> fine_tune(block, sample_prompts(count=4, examples=10, features=2, seed=0), 0.01)
     LowRank(shape=(4, 3, 3), rank≤10, dtype=torch.float64, device=cpu)
     """
+    _require_examples(block, prompts)
+    if isinstance(learning_rate, bool) or not 0 <= learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate}: give zero or a positive number, such as 0.01.")
     weight, questions, right = block.first_linear.weight, prompts.questions, prompts.context[..., -1]
     steps = LowRank(*(weight.new_zeros(len(questions), size, 0) for size in weight.shape))
     for question, answer in zip(questions.unbind(1), right.unbind(1), strict=True):
@@ -59,17 +49,19 @@ def fine_tune(block: ContextualBlock, prompts: Prompts, learning_rate: float | i
     return steps
 
 
-def _check_losses(block: Any, prompts: Any, steps: Any) -> None:
-    _check_fine_tune(block, prompts, 0)
-    if not isinstance(steps, LowRank):
-        raise ValueError(f"steps is a {type(steps).__name__}: give what fine_tune returns.")
-
-
-@validated_by(_check_losses)
 def fine_tuned_losses(block: ContextualBlock, prompts: Prompts, steps: LowRank) -> Float[Tensor, "count steps"]:
     r"""The squared error at each prompt's query after $0, 1, \dots, N$ of the ``steps`` that :func:`fine_tune` took.
 
     The block reads the bare query with the weights $W_i$.
     """
+    _require_examples(block, prompts)
+    require_instance("steps", steps, LowRank, "give what fine_tune returns.")
     outputs = [answers(block, steps.first(count), prompts.query) for count in range(steps.left.shape[-1] + 1)]
     return squared_error(torch.stack(outputs, dim=-2), prompts.target.unsqueeze(-1))
+
+
+def _require_examples(block: ContextualBlock, prompts: Prompts) -> None:
+    require_block(block)
+    require_instance("prompts", prompts, Prompts, "give what sample_prompts returns.")
+    if prompts.context.shape[-2] == 0:
+        raise ValueError("prompts hold no examples to train on: sample them with examples ≥ 1.")

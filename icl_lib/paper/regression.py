@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -152,9 +152,9 @@ class Trainer:
 
     Args:
         build: makes the untrained model, any module with a method ``at_query(sequence)``, such as a
-            :class:`~icl_lib.blocks.transformer.Transformer` or a :class:`~icl_lib.blocks.block.ContextualBlock`. It is called with
-            the random generator seeded by ``settings.seed``; the state of the global generator is restored afterwards.
-        settings: see :class:`TrainingSettings`.
+            :class:`~icl_lib.blocks.transformer.Transformer` or a :class:`~icl_lib.blocks.block.ContextualBlock`. It is
+            called with the random generator seeded by ``settings.seed``; the state of the global generator is restored.
+        settings: see :class:`TrainingSettings`; a subclass has its own.
 
     Attributes:
         model: the current model.
@@ -170,10 +170,13 @@ class Trainer:
     True
     """
 
+    largest_gradient = float("inf")
+    """The norm above which gradients are scaled down to it."""
+
     def __init__(
         self,
         build: Callable[[], nn.Module],
-        settings: TrainingSettings,
+        settings: Any,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -182,10 +185,19 @@ class Trainer:
             self.model = build().to(device, dtype)
         self.settings, self.step = settings, 0
         self._prompts = torch.Generator().manual_seed(settings.seed + 1)
-        self._optimiser = torch.optim.Adam(self.model.parameters(), settings.learning_rate)
-        rate = (lambda step: _warm_up_then_cosine(step, settings.steps)) if settings.schedule == "cosine" else _constant
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, rate)
+        self._optimiser, self._schedule = self._optimisation()
         self._loss: Tensor | None = None
+
+    def _optimisation(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        steps, schedule = self.settings.steps, self.settings.schedule
+        optimiser = torch.optim.Adam(self.model.parameters(), self.settings.learning_rate)
+        rate = (lambda step: _warm_up_then_cosine(step, steps)) if schedule == "cosine" else _constant
+        return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+
+    def _draw_loss(self) -> Tensor:
+        like, of = next(self.model.parameters()), self.settings
+        batch = sample_prompts(of.batch, of.examples, of.features, self._prompts, like.dtype, like.device)
+        return mean_squared_error(self.model.at_query(batch.sequence), batch)
 
     def loss(self) -> float:
         """The loss on the prompts of the next step.
@@ -193,12 +205,7 @@ class Trainer:
         Raises :class:`Diverged` if it is not finite.
         """
         if self._loss is None:
-            like = next(self.model.parameters())
-            settings = self.settings
-            batch = sample_prompts(
-                settings.batch, settings.examples, settings.features, self._prompts, like.dtype, like.device
-            )
-            self._loss = mean_squared_error(self.model.at_query(batch.sequence), batch)
+            self._loss = self._draw_loss()
         if not torch.isfinite(self._loss):
             raise Diverged("loss", self)
         return self._loss.item()
@@ -211,8 +218,7 @@ class Trainer:
         loss = self.loss()
         self._optimiser.zero_grad()
         self._loss.backward()
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        if not all(gradient.isfinite().all() for gradient in gradients):
+        if not nn.utils.clip_grad_norm_(self.model.parameters(), self.largest_gradient).isfinite():
             raise Diverged("gradient", self)
         self._optimiser.step()
         self._schedule.step()
@@ -223,22 +229,23 @@ class Trainer:
         """The state from which :meth:`load_state_dict` continues bit for bit."""
         if self._loss is not None:
             raise ValueError("the prompts of the next step are drawn already: call state_dict() right after advance().")
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimiser": self._optimiser.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "prompts": self._prompts.get_state(),
-        }
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"settings": asdict(self.settings), "step": self.step, "prompts": self._prompts.get_state()}
         return copy.deepcopy(state)  # further training must not change it
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of another trainer with the same settings."""
-        self.step, self._loss = state["step"], None
-        self.model.load_state_dict(state["model"])
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._schedule.load_state_dict(state["schedule"])
+        """Continue from the state of another trainer; raises `ValueError` if its settings differ."""
+        mine = asdict(self.settings)
+        other = {name: value for name, value in state["settings"].items() if value != mine[name]}
+        if other:
+            raise ValueError(f"the saved run has other settings, {other}: delete its file, or use its settings.")
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self._prompts.set_state(state["prompts"])
+        self.step, self._loss = state["step"], None
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.model, "optimiser": self._optimiser, "schedule": self._schedule}
 
 
 def train(

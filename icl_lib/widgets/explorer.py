@@ -38,8 +38,8 @@ def explore(
     combination of values, and the page gets the same controls with these frames.
 
     Args:
-        draw: called as ``draw(k=3, trained=False)``. Returns a :class:`~icl_lib.paper.figures.Figure`, a matplotlib figure,
-            anything with ``_repr_html_`` or ``_repr_latex_``, a string, a number, or a list of these.
+        draw: called as ``draw(k=3, trained=False)``. Returns a :class:`~icl_lib.paper.figures.Figure`, a matplotlib
+            figure, anything with ``_repr_html_`` or ``_repr_latex_``, a string, a number, or a list of these.
         initial: the values to start from, by name; otherwise the first of each control.
         labels: what to call a control, by name; otherwise its name, with spaces for underscores.
         controls: the values of each argument of ``draw``. A ``range``, list, tuple or one-dimensional array of numbers

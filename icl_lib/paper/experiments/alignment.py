@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +18,7 @@ from torch import Tensor
 from icl_lib.blocks.transformer import Transformer
 from icl_lib.low_rank import LowRank
 from icl_lib.theorem import alignment
-from icl_lib.validation import validated_by
+from icl_lib.validation import require_instance
 
 
 def within_block(updates: LowRank) -> Float[Tensor, "*batch positions positions"]:
@@ -69,19 +68,6 @@ def likeness(
     return cosines(centred)[..., 0, 1]
 
 
-def _check_renumbered(model: Any, block: Any, order: Any) -> None:
-    if not isinstance(model, Transformer):
-        raise ValueError(f"model is a {type(model).__name__}: give a Transformer.")
-    if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < len(model.blocks):
-        raise ValueError(f"block is {block!r}: give a whole number from 0 to {len(model.blocks) - 1}.")
-    units = model.blocks[block].mlp[0].out_features
-    if not isinstance(order, Tensor) or sorted(order.tolist()) != list(range(units)):
-        raise ValueError(
-            f"order is not a permutation of the {units} hidden units: give a tensor such as torch.randperm({units})."
-        )
-
-
-@validated_by(_check_renumbered)
 def renumbered(model: Transformer, block: int, order: Tensor) -> Transformer:
     """Return a copy of the model with the units of one block's first hidden layer in another order.
 
@@ -94,6 +80,14 @@ def renumbered(model: Transformer, block: int, order: Tensor) -> Transformer:
     >>> torch.allclose(model(sequence), again(sequence), rtol=1e-12)
     True
     """
+    require_instance("model", model, Transformer, "give a Transformer.")
+    if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < len(model.blocks):
+        raise ValueError(f"block is {block!r}: give a whole number from 0 to {len(model.blocks) - 1}.")
+    units = model.blocks[block].mlp[0].out_features
+    if not isinstance(order, Tensor) or sorted(order.tolist()) != list(range(units)):
+        raise ValueError(
+            f"order is not a permutation of the {units} hidden units: give a tensor such as torch.randperm({units})."
+        )
     copied = copy.deepcopy(model)
     first, _, second = copied.blocks[block].mlp[:3]
     with torch.no_grad():

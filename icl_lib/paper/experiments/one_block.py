@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icl_lib.blocks.block import ContextualBlock, check_block_prompt, implicit_update
+from icl_lib.blocks.block import ContextualBlock, implicit_update
 from icl_lib.blocks.structure import replaced
 from icl_lib.blocks.transformer import Transformer, TransformerConfig
 from icl_lib.low_rank import LowRank
 from icl_lib.measures import relative_error
 from icl_lib.paper.regression import Prompts, TrainingSettings, mean_squared_error, sample_prompts, train
-from icl_lib.validation import require_size, validated_by
+from icl_lib.validation import require_size
 
 ONE_BLOCK = TransformerConfig(dim=3, width=32, heads=8, head_dim=4, hidden=128, skip=False)
 """The transformer of Figure 2 in Dherin et al. is one causal block of width 32, no skips, norms or positions."""
@@ -120,12 +120,6 @@ def validate(model: Transformer, prompts: Prompts, curves: TrainingCurves) -> No
     curves.difference.append(relative_error(outputs["edited"], outputs["prompted"]).max().item())
 
 
-def _check_smaller_edits(block: object, context: object, query: object, iterations: object = 1) -> None:
-    check_block_prompt(block, context, query)
-    require_size("iterations", iterations)
-
-
-@validated_by(_check_smaller_edits)
 def smaller_edits(
     block: ContextualBlock,
     context: Float[Tensor, "*batch n dim"],
@@ -154,8 +148,9 @@ def smaller_edits(
     >>> bool((smaller_edits(block, prompts.context, prompts.query).norm() < formula.norm()).all())
     True
     """
+    require_size("iterations", iterations)
+    update = implicit_update(block, context, query).weight
     with torch.no_grad():
-        update = implicit_update(block, context, query).weight
         a_without = block.read(context[..., :0, :], query)
         a_with = block.read(context, query)
         start, target = (block.first_linear(a).reshape(-1, update.shape[-2]) for a in (a_without, a_with))

@@ -1,7 +1,7 @@
 r"""All runs behind the figures of Innocenti and Achour, over several seeds, and their summary for the book.
 
-Each run is saved when it is done, so a stopped sweep continues where it was; see :mod:`icl_lib.paper.sweep`. The summary
-holds medians and quartiles over seeds, with the settings and the versions of the software.
+Each run is saved when it is done, so a stopped sweep continues where it was; see :mod:`icl_lib.paper.sweep`. The
+summary holds medians and quartiles over seeds, with the settings and the versions of the software.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def save_hidden_rule(trainer: HiddenRuleTrainer, folder: str | Path = DATA, coun
 
     The record holds the training (``settings``, ``config``, ``versions``, ``curve``), the ``accuracy`` from
     :func:`~icl_lib.paper.hidden_rule.evaluation.measure`, and ``swapped`` from
-    :func:`~icl_lib.paper.hidden_rule.evaluation.measure_swapped`. It also holds the pairs ``held_out`` of each rule, and
-    under ``ambiguous`` how many of all choices of a rule and one or two examples agree with several rules.
+    :func:`~icl_lib.paper.hidden_rule.evaluation.measure_swapped`. It also holds the pairs ``held_out`` of each rule,
+    and under ``ambiguous`` how many of all choices of a rule and one or two examples agree with several rules.
 
     Args:
         count: the number of prompts in a measurement.

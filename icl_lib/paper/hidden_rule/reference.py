@@ -11,14 +11,12 @@ The most likely $y$ is the best answer. Without examples, its probability is the
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from icl_lib.paper.hidden_rule.task import ANSWERS, RULES, VOCABULARY, Prompts
-from icl_lib.validation import validated_by
 
 
 def agreeing(prompts: Prompts) -> Bool[Tensor, "count rules"]:
@@ -52,18 +50,14 @@ def best_accuracy(prompts: Prompts) -> float:
     return posterior(prompts).amax(1).mean().item()
 
 
-def _check_examples(examples: Any) -> None:
-    if examples not in (0, 1, 2):
-        raise ValueError(f"examples is {examples!r}: choose 0, 1 or 2; there are too many sets of more examples.")
-
-
-@validated_by(_check_examples)
 def ambiguous(examples: int) -> tuple[int, int]:
     """Return how many choices of a rule and a set of examples agree with another rule too, and the number of choices.
 
     >>> ambiguous(0), ambiguous(1)
     ((30, 30), (1024, 2430))
     """
+    if examples not in (0, 1, 2):
+        raise ValueError(f"examples is {examples!r}: choose 0, 1 or 2; there are too many sets of more examples.")
     count = 0
     pairs = ANSWERS.shape[1]
     sets = list(combinations(range(pairs), examples))

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from icl_lib.validation import place, require_size, validated_by
+from icl_lib.validation import place, require_size
 
 FORMS: dict[str, Callable[[Any, Any], Any]] = {
     "a+b": lambda a, b: a + b,
@@ -89,11 +89,6 @@ pairs are held out for each rule, and their mirror images."""
 _MOST_EXAMPLES = int((~HELD_OUT).sum(1).min()) - 1
 
 
-def _check_text(_: Any, text: Any) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"text is {text!r}: give a prompt, such as '2+3=10, 2+8='.")
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """The tokens of prompts: the number $n$ has the id $n$, and the signs follow.
@@ -120,12 +115,13 @@ class Vocabulary:
         """The tokens in the order of their ids."""
         return [*map(str, range(self.numbers)), *self.signs]
 
-    @validated_by(_check_text)
     def encode(self, text: str) -> Int[Tensor, " length"]:
         """Return the ids of a text. Spaces separate numbers and are ignored otherwise.
 
         Raises `ValueError`, with the place, for a symbol that is not a token and for a number that is too large.
         """
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"text is {text!r}: give a prompt, such as '2+3=10, 2+8='.")
         ids = {token: index for index, token in enumerate(self.tokens)}
         for found in re.finditer(r"[0-9]+|\S", text):
             if found[0] in ids:
@@ -197,19 +193,6 @@ class Prompts:
         return replace(self, rule=rule)
 
 
-def _check_sample(count: Any, examples: Any, seed: Any, query: Any = "training") -> None:
-    require_size("count", count)
-    require_size("examples", examples, 0)
-    if examples > _MOST_EXAMPLES:
-        raise ValueError(
-            f"examples is {examples}, but there are pairs for {_MOST_EXAMPLES} examples and a query only: give at most "
-            f"{_MOST_EXAMPLES}."
-        )
-    if query not in ("training", "held out"):
-        raise ValueError(f"query is {query!r}: choose 'training' or 'held out'.")
-
-
-@validated_by(_check_sample)
 def sample_prompts(count: int, examples: int, seed: int | torch.Generator, query: str = "training") -> Prompts:
     """Draw prompts: a rule, and pairs without repetition, with equal probabilities.
 
@@ -223,6 +206,15 @@ def sample_prompts(count: int, examples: int, seed: int | torch.Generator, query
         query: ``training`` for pairs that training can show with the rule, ``held out`` for pairs that it never shows
             with it. The examples are always of the first kind.
     """
+    require_size("count", count)
+    require_size("examples", examples, 0)
+    if examples > _MOST_EXAMPLES:
+        raise ValueError(
+            f"examples is {examples}, but there are pairs for {_MOST_EXAMPLES} examples and a query only: give at most "
+            f"{_MOST_EXAMPLES}."
+        )
+    if query not in ("training", "held out"):
+        raise ValueError(f"query is {query!r}: choose 'training' or 'held out'.")
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
     rule = torch.randint(len(RULES), (count,), generator=generator)
     drawn = torch.rand(count, len(PAIRS), generator=generator)

@@ -8,8 +8,7 @@ predicted too, with a small weight, so that the model can continue after its ans
 
 from __future__ import annotations
 
-import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tqdm.auto import tqdm
 
 from icl_lib.environment import building_book
 from icl_lib.paper.hidden_rule.task import VOCABULARY, sample_prompts
+from icl_lib.paper.regression import Trainer
 from icl_lib.paper.sweep import Checkpoint
 from icl_lib.validation import require_size
 
@@ -115,88 +115,61 @@ def losses(model: nn.Module, ids: Int[Tensor, "count tokens"]) -> tuple[Float[Te
     return each[is_answer], each[~is_answer].mean()
 
 
-class HiddenRuleTrainer:
-    """A model in training, with everything that the next step depends on, so that a run can be continued.
+class HiddenRuleTrainer(Trainer):
+    """The model in training, with everything that the next step depends on, so that a run can be continued.
 
     Attributes:
-        model: the model in its current state.
-        step: the number of optimiser steps taken.
         curve: dictionaries of ``step`` and ``loss``, the mean loss of each answer since the last entry.
 
     >>> settings = HiddenRuleSettings(width=8, blocks=1, heads=1, hidden=8, steps=2, batch=2, examples=2)
     >>> first, again = HiddenRuleTrainer(settings), HiddenRuleTrainer(settings)
     >>> _, state = first.advance(), first.state_dict()
     >>> again.load_state_dict(state)
-    >>> bool((first.advance() == again.advance()).all())
+    >>> first.advance() == again.advance()
     True
     """
 
-    def __init__(self, settings: HiddenRuleSettings) -> None:
-        self.settings, self.model, self.step = settings, build(settings), 0
-        from transformers import get_cosine_schedule_with_warmup  # `build` raises the error if it is missing
+    largest_gradient = 1.0
 
+    def __init__(self, settings: HiddenRuleSettings) -> None:
+        super().__init__(lambda: build(settings), settings, torch.float32)
         self.curve: list[dict[str, Any]] = []
         self._recent: list[Tensor] = []
-        self._prompts = torch.Generator().manual_seed(settings.seed + 1)
-        matrices = [parameter for parameter in self.model.parameters() if parameter.ndim > 1]
-        scales = [parameter for parameter in self.model.parameters() if parameter.ndim == 1]
-        self._optimiser = torch.optim.AdamW(
+
+    def _optimisation(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        from transformers import get_cosine_schedule_with_warmup  # `build` raises the error if it is missing
+
+        settings, weights = self.settings, list(self.model.parameters())
+        matrices, scales = ([weight for weight in weights if (weight.ndim > 1) == many] for many in (True, False))
+        optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": scales, "weight_decay": 0.0}],
             settings.learning_rate,
             betas=(0.9, 0.98),
         )
-        warm_up = max(1, settings.steps // 20)
-        self._schedule = get_cosine_schedule_with_warmup(self._optimiser, warm_up, settings.steps)
+        return optimiser, get_cosine_schedule_with_warmup(optimiser, max(1, settings.steps // 20), settings.steps)
 
-    def advance(self) -> Float[Tensor, " answers"]:
-        """Take one optimiser step; return the loss of each answer before it."""
+    def _draw_loss(self) -> Tensor:
         settings = self.settings
         examples = int(torch.randint(settings.fewest, settings.examples + 1, (), generator=self._prompts))
-        prompts = sample_prompts(settings.batch, examples, self._prompts)
-        answers, text = losses(self.model, prompts.answered)
-        loss = answers[settings.fewest :].mean() + settings.text_weight * text
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is not finite at step {self.step}: lower learning_rate, now {settings.learning_rate}."
-            )
-        self._optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self._optimiser.step()
-        self._schedule.step()
-        self.step += 1
+        answers, text = losses(self.model, sample_prompts(settings.batch, examples, self._prompts).answered)
         self._recent.append(answers.detach())
-        if self.step % settings.every == 0 or self.step == settings.steps:
+        return answers[settings.fewest :].mean() + settings.text_weight * text
+
+    def advance(self) -> float:
+        """Take one optimiser step and return the loss before it; every ``settings.every`` steps, add to the curve."""
+        loss = super().advance()
+        if self.step % self.settings.every == 0 or self.step == self.settings.steps:
             means = pad_sequence(self._recent, padding_value=float("nan")).nanmean(1)
             self.curve.append({"step": self.step, "loss": [float(f"{mean:.4g}") for mean in means]})
             self._recent = []
-        return answers.detach()
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state from which :meth:`load_state_dict` continues, bit for bit."""
-        state = {
-            "settings": asdict(self.settings),
-            "step": self.step,
-            "curve": self.curve,
-            "recent": self._recent,
-            "model": self.model.state_dict(),
-            "optimiser": self._optimiser.state_dict(),
-            "schedule": self._schedule.state_dict(),
-            "prompts": self._prompts.get_state(),
-        }
-        return copy.deepcopy(state)  # training changes the tensors later
+        return {**super().state_dict(), "curve": list(self.curve), "recent": list(self._recent)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of another trainer; raises `ValueError` if its settings differ."""
-        mine = asdict(self.settings)
-        other = {name: value for name, value in state["settings"].items() if value != mine[name]}
-        if other:
-            raise ValueError(f"the saved run has other settings, {other}: delete its file, or use its settings.")
-        self.step, self.curve, self._recent = state["step"], list(state["curve"]), list(state["recent"])
-        self.model.load_state_dict(state["model"])
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._schedule.load_state_dict(state["schedule"])
-        self._prompts.set_state(state["prompts"])
+        super().load_state_dict(state)
+        self.curve, self._recent = list(state["curve"]), list(state["recent"])
 
 
 def train_hidden_rule(
@@ -220,10 +193,10 @@ def train_hidden_rule(
     try:
         with tqdm(total=steps, initial=trainer.step, desc="training", unit="step", disable=hidden) as bar:
             while trainer.step < steps:
-                answers = trainer.advance()
+                loss = trainer.advance()
                 bar.update()
                 if trainer.step % trainer.settings.every == 0 or trainer.step == steps:
-                    bar.set_postfix(loss=f"{answers[-1]:.3g}")
+                    bar.set_postfix(loss=f"{loss:.3g}")
                     if checkpoint is not None:
                         checkpoint.save(trainer.state_dict())
     finally:

@@ -22,26 +22,3 @@ from icl_lib.paper.plots.token_by_token import (
     step_cosines,
     token_losses,
 )
-
-__all__ = [
-    "alignments",
-    "differences",
-    "errors_by_block",
-    "errors_by_depth",
-    "increments",
-    "invented_losses",
-    "learning",
-    "losses",
-    "norms",
-    "ranks",
-    "removal",
-    "renumberings",
-    "scaling",
-    "scrubbed",
-    "solution_family",
-    "step_cosines",
-    "token_losses",
-    "training_curves",
-    "varied",
-    "written",
-]

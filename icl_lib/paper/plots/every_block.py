@@ -7,13 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from icl_lib.paper.figures import COLOURS, Figure, figure
-
-SERIES = list(COLOURS.values())
-
-
-def _colour(number: int) -> str:
-    return SERIES[number % len(SERIES)]
+from icl_lib.paper.figures import COLOURS, UNDER, WIDE, Figure, colour_of, figure, heat_map
 
 
 def losses(measured: Mapping[str, Sequence[float]]) -> Figure:
@@ -26,10 +20,10 @@ def losses(measured: Mapping[str, Sequence[float]]) -> Figure:
     with figure(width=4.6, height=3.9) as (fig, ax):
         ax.plot(step, bare, color=COLOURS["grey"], linestyle="--", label="whole network, no edit")
         ax.plot(step, unedited, color=COLOURS["grey"], linestyle=":", label="last block, no edit")
-        ax.plot(step, experiment, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="experiment")
+        ax.plot(step, experiment, **WIDE, label="experiment")
         ax.plot(step, theory, color=COLOURS["blue"], label="theory")
         ax.set(xlabel="training step", ylabel="test loss", yscale="log")
-        ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", columnspacing=1)
+        ax.legend(ncols=2, **UNDER)
     return Figure(
         fig,
         f"Test loss over {len(step)} training steps. The experiment's curve goes from {experiment[0]:.2g} to "
@@ -50,9 +44,9 @@ def differences(
     with figure(width=4.6, height=3.7) as (fig, ax):
         for block, (values, without) in enumerate(zip(np.transpose(difference), np.transpose(control), strict=True)):
             ax.plot(step, without, color=COLOURS["grey"], linestyle="--", label="no edit" if block == 0 else None)
-            ax.plot(step, values, color=_colour(block), label=f"block {block + 1}")
+            ax.plot(step, values, color=colour_of(block), label=f"block {block + 1}")
         ax.set(xlabel="training step", ylabel="mean squared difference", yscale="log")
-        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", columnspacing=1)
+        ax.legend(ncols=3, **UNDER)
     values, without = np.array(difference), np.array(control)
     return Figure(
         fig,
@@ -65,9 +59,9 @@ def norms(step: Sequence[int], frobenius: Sequence[Sequence[float]]) -> Figure:
     """Draw the norm of the last position's update over training; ``frobenius`` is ``[steps][blocks]``."""
     with figure(width=4.6, height=3.2) as (fig, ax):
         for block, values in enumerate(np.transpose(frobenius)):
-            ax.plot(step, values, color=_colour(block), label=f"block {block + 1}")
+            ax.plot(step, values, color=colour_of(block), label=f"block {block + 1}")
         ax.set(xlabel="training step", ylabel="‖ΔW‖ at the query", ylim=(0, None))
-        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize="small", columnspacing=1)
+        ax.legend(ncols=3, **UNDER)
     ends = ", ".join(f"{value:.2g}" for value in frobenius[-1])
     return Figure(fig, f"Norm of the query's update over training, by block. At the end: {ends}.")
 
@@ -77,18 +71,11 @@ def alignments(table: Any, title: str, of: str) -> Figure:
     table = np.asarray(table)
     small = len(table) <= 8
     with figure(width=3.4, height=3.1) as (fig, ax):
-        picture = ax.imshow(table, cmap="PuOr", vmin=-1, vmax=1, interpolation="nearest")
-        ax.grid(visible=False)
-        ax.spines[:].set_visible(False)
+        picture = heat_map(ax, table, 1, numbers=small)
         ax.set(title=title, xlabel=of, ylabel=of)
         ticks = range(len(table)) if small else range(9, len(table), 10)
         ax.set_xticks(ticks, [str(tick + 1) for tick in ticks])
         ax.set_yticks(ticks, [str(tick + 1) for tick in ticks])
-        if small:
-            for (i, j), value in np.ndenumerate(table):
-                colour = "#ffffff" if abs(value) > 0.6 else "#111111"
-                text = f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
-                ax.annotate(text, (j, i), ha="center", va="center", color=colour, fontsize="small")
         fig.colorbar(picture, ax=ax, shrink=0.8)
     off = table[~np.eye(len(table), dtype=bool)]
     return Figure(
@@ -119,10 +106,10 @@ def errors_by_block(errors: Mapping[str, Sequence[float]], control: Sequence[flo
         blocks = range(1, len(control) + 1)
         ax.plot(blocks, control, "--o", color=COLOURS["grey"], markersize=4, label="no edit")
         for number, (name, values) in enumerate(errors.items()):
-            ax.plot(blocks, values, "-o", color=_colour(number), markersize=4, label=name)
+            ax.plot(blocks, values, "-o", color=colour_of(number), markersize=4, label=name)
         ax.set(title=title, xlabel="block", ylabel="relative error", yscale="log", ylim=(1e-17, 10))
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small")
+        ax.legend(ncols=3, **UNDER)
     said = "; ".join(f"{name} at most {max(values):.0e}" for name, values in errors.items())
     return Figure(fig, f"{title}. Relative error by block: {said}; without the edits at least {min(control):.0e}.")
 
@@ -142,13 +129,13 @@ def errors_by_depth(
     with figure(width=3.4, height=3.9) as (fig, ax):
         ax.plot(depths, control, "--", color=COLOURS["grey"], label="network, no edit")
         for number, name in enumerate(whole):
-            ax.plot(depths, whole[name], "-o", color=_colour(number), markersize=4, label=f"network, {name}")
-            ax.plot(depths, block[name], ":s", color=_colour(number), markersize=3, label=f"one block, {name}")
+            ax.plot(depths, whole[name], "-o", color=colour_of(number), markersize=4, label=f"network, {name}")
+            ax.plot(depths, block[name], ":s", color=colour_of(number), markersize=3, label=f"one block, {name}")
         ax.set(title=title, xlabel="number of blocks", ylabel="relative error", xscale="log", yscale="log")
         ax.set_ylim(1e-17, 10)
         ax.set_xticks(depths, [str(depth) for depth in depths])
         ax.minorticks_off()
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small", labelspacing=0.2)
+        ax.legend(**UNDER, labelspacing=0.2)
     said = "; ".join(
         f"{name}: whole network from {whole[name][0]:.0e} to {whole[name][-1]:.0e}, one block at most "
         f"{max(block[name]):.0e}"
@@ -168,7 +155,7 @@ def varied(runs: Sequence[Mapping[str, Any]], name: str, label: str) -> Figure:
     """
     with figure(width=3.3, height=3.1) as (fig, ax):
         for number, run in enumerate(runs):
-            colour = _colour(number)
+            colour = colour_of(number)
             steps = run["experiment"]["steps"]
             low, median, high = (np.array(run["experiment"][part], dtype=float) for part in ("low", "median", "high"))
             ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -176,7 +163,7 @@ def varied(runs: Sequence[Mapping[str, Any]], name: str, label: str) -> Figure:
             theory = np.array(run["theory"]["median"], dtype=float)[::10]
             ax.plot(steps[::10], theory, "o", color=colour, markersize=4)
         ax.set(title=label, xlabel="training step", ylabel="test loss", yscale="log")
-        ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22), fontsize="small", columnspacing=1)
+        ax.legend(ncols=3, **UNDER)
     last = [run["experiment"]["median"][-1] for run in runs]
     ends = ", ".join(
         f"{run['settings'][name]}: {'diverged' if value is None else format(value, '.2g')}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from icl_lib.paper.figures import Figure, figure
+from icl_lib.paper.figures import Figure, figure, heat_map
 
 
 def written(sizes: Any, tokens: Sequence[str], title: str, largest: float | None = None) -> Figure:
@@ -21,9 +21,7 @@ def written(sizes: Any, tokens: Sequence[str], title: str, largest: float | None
     """
     sizes = np.asarray(sizes)
     with figure(width=6.4, height=2.6) as (fig, ax):
-        picture = ax.imshow(sizes, cmap="viridis", vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
-        ax.grid(visible=False)
-        ax.spines[:].set_visible(False)
+        picture = heat_map(ax, sizes, largest or sizes.max(), cmap="viridis", vmin=0, aspect="auto")
         ax.set(title=title, ylabel="block")
         ax.set_xticks(range(len(tokens)), tokens)
         ax.set_yticks(range(len(sizes)), [str(block + 1) for block in range(len(sizes))])

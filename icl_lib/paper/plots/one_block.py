@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from icl_lib.measures import scientific
 from icl_lib.paper.experiments.one_block import TrainingCurves
-from icl_lib.paper.figures import COLOURS, Figure, Row, figure
+from icl_lib.paper.figures import COLOURS, UNDER, WIDE, Figure, Row, figure, heat_map, signed
 
 
 def training_curves(curves: TrainingCurves) -> Figure:
@@ -18,17 +18,10 @@ def training_curves(curves: TrainingCurves) -> Figure:
     with figure(width=4.6, height=3.9) as (fig, ax):
         ax.plot(curves.step, curves.swapped, color=COLOURS["grey"], linestyle=":", label="another prompt's edit")
         ax.plot(curves.step, curves.unedited, color=COLOURS["grey"], linestyle="--", label="bare query, no edit")
-        ax.plot(
-            curves.step,
-            curves.prompted,
-            color=COLOURS["vermillion"],
-            linewidth=7,
-            alpha=0.45,
-            label="prompt, $T_W(C, x)$",
-        )
+        ax.plot(curves.step, curves.prompted, **WIDE, label="prompt, $T_W(C, x)$")
         ax.plot(curves.step, curves.edited, color=COLOURS["blue"], label="edited weights, $T_{W+ΔW}(x)$")
         ax.set(yscale="log", xlabel="training step", ylabel="validation loss")
-        ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize="small")
+        ax.legend(ncols=2, **UNDER)
     return Figure(
         fig,
         f"Validation loss over {curves.step[-1]} training steps. The curve of the prompted model falls from "
@@ -67,9 +60,9 @@ def removal(
         ax.set(title="norm of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, most))
     with figure(width=3.3, height=2.9) as (answers, ax):
         visible = answers_range is None or answers_range[0] <= right <= answers_range[1]
-        name = "right answer" if visible else f"right answer, {_number(right, '.2f')}: outside"
+        name = "right answer" if visible else f"right answer, {signed(right, '.2f')}: outside"
         ax.axhline(right, color=COLOURS["green"], linestyle=":", label=name)
-        ax.axhline(prompted, color=COLOURS["vermillion"], linewidth=7, alpha=0.45, label="full prompt")
+        ax.axhline(prompted, **WIDE, label="full prompt")
         _walked(ax, kept, bare, at, color=COLOURS["grey"], linestyle="--", label="kept part, no edit")
         _walked(ax, kept, edited, at, label="kept part + edit")
         ax.set(title="the model's answer", xlabel="examples kept", ylim=answers_range)
@@ -97,23 +90,15 @@ def solution_family(
         rank: the rank of that edit.
         at: the edit to show, an index into ``steps``.
     """
-    limit = np.abs(matrix).max()
     with figure(width=3.6, height=2.8) as (size, ax):
         _walked(ax, steps, norms, at)
         ax.set(title="norm of the edit", xlabel="position $t$ on the line", ylim=(0, None))
     with figure(width=2.9, height=2.8) as (heat, ax):
-        ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit)
-        for (i, j), value in np.ndenumerate(matrix):
-            colour = "#ffffff" if abs(value) > limit / 2 else "#111111"
-            ax.annotate(_number(value, ".2f"), (j, i), ha="center", va="center", color=colour)
+        heat_map(ax, matrix, np.abs(matrix).max(), numbers=True)
         ax.set(
-            title=f"the edit at $t$ = {_number(steps[at])}: rank {rank}",
-            xlabel=f"effect off by {scientific(effect)}",
-            xticks=[],
-            yticks=[],
+            title=f"the edit at $t$ = {signed(steps[at])}: rank {rank}", xlabel=f"effect off by {scientific(effect)}"
         )
-        ax.grid(visible=False)
-        ax.spines[:].set_visible(False)
+        ax.set(xticks=[], yticks=[])
     return Row(
         Figure(
             size,
@@ -126,11 +111,6 @@ def solution_family(
             f"to a relative error of {scientific(effect)}.",
         ),
     )
-
-
-def _number(value: float, form: str = "g") -> str:
-    """Write a number with the minus sign of the axes."""
-    return f"{value:{form}}".replace("-", "\N{MINUS SIGN}")
 
 
 def _walked(ax: Axes, x: Sequence[float | int], y: Sequence[float], at: int, **style: Any) -> None:

@@ -9,9 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from icl_lib.paper.experiments.token_by_token import BesideSGD, Cosines, Estimate, TokenByToken
-from icl_lib.paper.figures import COLOURS, INK, Figure, Row, figure
-
-BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": "small", "columnspacing": 1}
+from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, Row, colour_of, figure, heat_map
 
 
 def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -> Figure:
@@ -31,7 +29,7 @@ def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -
         means = np.concatenate([reading.norms.mean for reading in readings.values()])
         ax.set(title=title, xscale="log", yscale="log", xlabel="token", ylabel="length of its step")
         ax.set_ylim(min(0.1, means.min()) / 1.3, max(2, means.max()) * 1.3)  # a decade at least
-        ax.legend(ncols=1, **BELOW)
+        ax.legend(ncols=1, **UNDER)
     summary = "; ".join(
         f"{name} from {reading.norms.mean[0]:.2g} to {reading.norms.mean[-1]:.2g}, slope {reading.exponent}"
         for name, reading in readings.items()
@@ -44,12 +42,12 @@ def learning(reading: TokenByToken, sgd: Mapping[float, BesideSGD], title: str, 
     with figure(width=3.3, height=3.7) as (fig, ax):
         step = np.arange(len(reading.loss.mean))
         for number, (rate, trained) in enumerate(sgd.items(), start=1):
-            _banded(ax, step, trained.loss, color=_colour(number), linestyle="--", label=f"SGD, rate {rate:g}")
+            _banded(ax, step, trained.loss, color=colour_of(number), linestyle="--", label=f"SGD, rate {rate:g}")
         _banded(ax, step, reading.loss, color=COLOURS["blue"], linewidth=2.4, label="reading, $W_i$")
         ax.set(title=title, xlabel="examples seen", ylabel="squared error at the query", yscale="log")
         if ceiling is not None:
             ax.set_ylim(ceiling / 1000, ceiling)
-        ax.legend(ncols=2, **BELOW)
+        ax.legend(ncols=2, **UNDER)
     ends = "; ".join(f"SGD at rate {rate:g}: {trained.loss.mean[-1]:.2g}" for rate, trained in sgd.items())
     return Figure(
         fig,
@@ -71,7 +69,7 @@ def step_cosines(cosines: Mapping[str, Cosines], controls: Sequence[str], title:
         ax.axhline(ceiling, color=COLOURS["green"], linestyle=":", label=f"upper bound, {next(iter(cosines))}")
         ax.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         ax.set(title=title, xlabel="token", ylabel="cosine", ylim=(-0.25, 1.05))
-        ax.legend(ncols=2, **BELOW)
+        ax.legend(ncols=2, **UNDER)
     means = "; ".join(f"{name} {cosine.mean}" for name, cosine in cosines.items())
     return Figure(fig, f"{title}: cosine at each token. Mean over tokens: {means}. The upper bound is {ceiling:.2f}.")
 
@@ -89,7 +87,7 @@ def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
             _banded(ax, token, before, color=COLOURS["vermillion"], label="before")
             _banded(ax, token, after, color=COLOURS["blue"], label="after")
             ax.set(title=name, xlabel="token", ylabel="the token’s own loss", xscale="log", ylim=(0, None))
-            ax.legend(ncols=2, **BELOW)
+            ax.legend(ncols=2, **UNDER)
         pictures.append(
             Figure(
                 fig,
@@ -109,7 +107,7 @@ def ranks(left: Mapping[str, Estimate], whole: Estimate, control: str, bound: in
         ax.plot(eaten, np.minimum(eaten, bound), color=INK, linestyle=":", label="upper bound")
         _banded(ax, eaten, whole, color=COLOURS["green"], label="$W_i - W$")
         ax.set(xlabel="tokens removed", ylabel="rank of the edit", ylim=(0, bound + 1))
-        ax.legend(ncols=2, **BELOW)
+        ax.legend(ncols=2, **UNDER)
     ends = "; ".join(f"{name} {rank.mean[-1]:.1f}" for name, rank in left.items())
     return Figure(
         fig,
@@ -140,10 +138,8 @@ def scrubbed(
     """
     with figure(width=3.3, height=3.1, columns=2) as (heat, axes):
         for ax, matrix, title in zip(axes, (update, step), ("$W_i - W$", f"step, α = {rate:.3f}"), strict=True):
-            ax.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+            heat_map(ax, matrix, limit, aspect="auto")
             ax.set(title=title, xticks=[], yticks=[])
-            ax.grid(visible=False)
-            ax.spines[:].set_visible(False)
         axes[0].set(ylabel="hidden units", xlabel="activation")
     with figure(width=3.2, height=3.1) as (answers, ax):
         ax.axhline(right, color=COLOURS["green"], linestyle=":", label="target")
@@ -172,7 +168,7 @@ def invented_losses(before: Sequence[float], after: Sequence[float], title: str)
         ax.plot(token, before, color=COLOURS["vermillion"], label="before")
         ax.plot(token, after, color=COLOURS["blue"], label="after")
         ax.set(title=title, xlabel="step", ylabel="its loss")
-        ax.legend(ncols=2, **BELOW)
+        ax.legend(ncols=2, **UNDER)
     fell = np.mean(np.asarray(after) < np.asarray(before))
     return Figure(
         fig, f"{title}: the loss of each step before and after it; it falls in {fell:.0%} of {len(token)} steps."
@@ -187,11 +183,5 @@ def _banded(ax: Axes, x: Any, series: Estimate, **style: Any) -> None:
     ax.plot(x, series.mean, **style)
 
 
-def _colour(number: int) -> str:
-    """The series colours in turn, without grey, which is for controls."""
-    colours = [colour for name, colour in COLOURS.items() if name != "grey"]
-    return colours[number % len(colours)]
-
-
 def _style(number: int, control: bool) -> dict[str, str]:
-    return {"color": COLOURS["grey"], "linestyle": "--"} if control else {"color": _colour(number)}
+    return {"color": COLOURS["grey"], "linestyle": "--"} if control else {"color": colour_of(number)}
