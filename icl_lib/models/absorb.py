@@ -25,11 +25,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from icl_lib.models.activations import CachedPrompt, with_context
-from icl_lib.models.anatomy import HOW_TO_REGISTER, Anatomy, Site, is_experts, known_anatomy, require_plain, sites
-from icl_lib.models.passes import bar_over, edits_of, experts_one_by_one
-from icl_lib.models.patch import Patch
+from icl_lib.models.anatomy import HOW_TO_REGISTER, Anatomy, Site, known_anatomy, outer_choices, require_plain, sites
+from icl_lib.models.passes import NotReproducedError, bar_over, edits_of, experts_one_by_one
+from icl_lib.models.patch import NO_JOINT_EDIT, Patch
 from icl_lib.models.probing import probe
-from icl_lib.models.prompt import Prompt
+from icl_lib.models.prompt import Prompt, accepted
 from icl_lib.models.streams import Stream
 from icl_lib.models.tokens import Tokens
 
@@ -63,9 +63,7 @@ def anatomy_of(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
 
 def outer_of(placed: tuple[Site, ...], outer: Any, prompt: Prompt, joint: bool, model: nn.Module) -> str:
     """Return the weights that take the change of the stream, after checking that the blocks have them."""
-    choices = [*placed[0].anatomy.outer_choices]
-    if any(anatomy.outer and is_experts(block, anatomy.outer) for _, block, anatomy in placed):
-        choices = ["down"]
+    choices = outer_choices(placed)
     if outer is None:
         # A joint edit has one bias for all positions, so the last matrix takes the change.
         return prompt.outer if prompt.outer in choices and not joint else choices[0]
@@ -131,10 +129,30 @@ def absorb(
     anatomy = anatomy_of(model, inputs)
     placed = sites(model, anatomy)
     outer = outer_of(placed, outer, prompt, joint, model)
-    with bar_over(len(placed), 2, progress) as bar, experts_one_by_one(model, placed):
-        cached, _ = cache(model, placed, prompt, inputs, keep=1, visit=bar.update)
-        blocks = edits_of(model, placed, cached, outer, joint=joint, visit=bar.update)
+    try:
+        with bar_over(len(placed), 2, progress) as bar, experts_one_by_one(model, placed):
+            cached, _ = cache(model, placed, prompt, inputs, keep=1, visit=bar.update)
+            blocks = edits_of(model, placed, cached, outer, joint=joint, visit=bar.update)
+    except NotReproducedError as error:
+        cause = NO_JOINT_EDIT if joint else _cause(model, inputs, anatomy)
+        raise ValueError(f"{error} {cause}") from None
     return Patch(blocks, anatomy, prompt, outer, cached, joint, weakref.ref(model))
+
+
+def _cause(model: nn.Module, inputs: Tensor, anatomy: Anatomy) -> str:
+    """Return why a patch does not reproduce its prompt, as far as probing the model tells."""
+    try:
+        found = probe(model, inputs)
+    except ValueError as reason:
+        return f"Probing the model says: {reason}"
+    if found != anatomy:
+        return f"Its entry says {anatomy}, but probing finds {found}: correct the entry with register_anatomy."
+    if isinstance(inputs, Tensor) and not inputs.is_floating_point() and "position_ids" not in accepted(model):
+        return (
+            f"{type(model).__name__} takes no position_ids, so without the prompt the query stands at other positions: "
+            "give a model that takes them, or whose positions are relative."
+        )
+    return "Probing finds the same anatomy, so the numbers are too ill-conditioned for this dtype: use a wider one."
 
 
 def cache(

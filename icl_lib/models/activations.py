@@ -119,7 +119,8 @@ class _Recorder:
                 stack.enter_context(
                     edited(where, block, path, lambda product, path=path: self._on_read(path, product.read))
                 )
-        on_output(stack, block, lambda output: (self._on_output(output), visit()) and None)
+        on_output(stack, block, self._on_output)
+        stack.callback(block.register_forward_hook(lambda *_: visit() and None).remove)
 
     def _on_stream(self, tokens: Tensor) -> None:
         self._once(self.site.anatomy.stream, self.found.stream)
@@ -152,7 +153,7 @@ class _Recorder:
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are one, up to their leading dimensions, and unchanged since the first was recorded."""
+    """Return whether two tensors are one, up to their leading dimensions, and unchanged since the first was seen."""
     one = a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]
     return one and a._version == b._version
 
@@ -188,7 +189,9 @@ def first_tensor(value: Any) -> Tensor:
     """Return the tensor itself, or the first one of a tuple."""
     if isinstance(value, Tensor):
         return value
-    found = next((part for part in value if isinstance(part, Tensor)), None) if isinstance(value, (tuple, list)) else None
+    found = (
+        next((part for part in value if isinstance(part, Tensor)), None) if isinstance(value, (tuple, list)) else None
+    )
     if found is None:
         raise ValueError(
             f"a block or one of its parts reads or returns a {type(value).__name__} without a tensor: only blocks that "

@@ -1,8 +1,8 @@
 r"""Where the modules that the theorem needs are in a model: one :class:`Anatomy` for each architecture.
 
 A residual block reads its residual stream, adds the output of its attention to give $h$, and its MLP reads
-$z = \mathrm{LN}'(h)$ ($z = h$ without a norm before the MLP). Every path from $z$ to the output of the MLP begins with a
-linear map, and these maps are edited. The block's stream ends as $s \odot h + m \odot \mathrm{MLP}(z)$; in most
+$z = \mathrm{LN}'(h)$ ($z = h$ without a norm before the MLP). Every path from $z$ to the output of the MLP begins with
+a linear map, and these maps are edited. The block's stream ends as $s \odot h + m \odot \mathrm{MLP}(z)$; in most
 architectures $s = m = 1$.
 
 >>> from icl_lib import Transformer, TransformerConfig
@@ -13,7 +13,7 @@ Anatomy(blocks='blocks', stream='norm_mlp', inner=('mlp.0',), outer='mlp.2')
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -80,14 +80,6 @@ class Anatomy:
             value = getattr(self, name)
             if not value or isinstance(value, bool) or not isinstance(value, (int, float, str)):
                 raise ValueError(f"{name} is {value!r}: give a number other than 0, or the path of one in the block.")
-
-    @property
-    def outer_choices(self) -> tuple[str, ...]:
-        r"""The weights that can add $\Delta h$, the default of a language model first; see :mod:`icl_lib.models.absorb`.
-
-        The parameter of experts has no bias of its own; :func:`sites` knows which of the paths is one.
-        """
-        return ("down", "bias") if self.scale is None else ("down", "scale")
 
     def of(self, block: nn.Module) -> Anatomy:
         """Return the anatomy of this block: ``otherwise`` if it lacks one of the places."""
@@ -210,6 +202,13 @@ def require_plain(model: nn.Module) -> None:
                 f"{at} is a {type(module).__name__}: the model carries an adapter already, and the edits would ignore "
                 "it. Call model.merge_and_unload() first, or give the model without its adapter."
             )
+
+
+def outer_choices(placed: Sequence[Site]) -> tuple[str, ...]:
+    r"""Return the weights that can add $\Delta h$ in these blocks; see :func:`icl_lib.models.absorb.absorb`."""
+    if any(anatomy.outer and is_experts(block, anatomy.outer) for _, block, anatomy in placed):
+        return ("down",)
+    return ("down", "bias") if placed[0].anatomy.scale is None else ("down", "scale")
 
 
 def is_experts(block: nn.Module, path: str) -> bool:

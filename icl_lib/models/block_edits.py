@@ -71,8 +71,7 @@ class BlockEdits:
         maps = {path: self._on_read for path in here.inner}
         if here.outer and self.kind != "scale":
             maps[here.outer] = self._on_hidden
-        mixtures = {id(holder): holder for path in maps if is_experts(block, path) for holder in [holder_of(block, path)[0]]}
-        for mixture in mixtures.values():
+        for mixture in {holder_of(block, path)[0] for path in maps if is_experts(block, path)}:
             hook = mixture.register_forward_pre_hook(self._on_routed, with_kwargs=True)
             stack.callback(hook.remove)
         for path, edit in maps.items():
@@ -125,7 +124,7 @@ class BlockEdits:
         if len(given) < 3 or any(not isinstance(part, Tensor) or part.ndim != 2 for part in given[1:3]):
             raise ValueError(
                 f"{self.where}: the module of the experts is called with {len(given)} arguments: only those called as "
-                "experts(z, chosen, gates), with the last two [tokens, active experts], are covered, see icl_lib.Anatomy."
+                "experts(z, chosen, gates), the last two [tokens, active experts], are covered, see icl_lib.Anatomy."
             )
         chosen, gates = given[1:3]
         self.gates = gates.to(self.change.dtype).sum(-1, keepdim=True)
@@ -152,7 +151,7 @@ class BlockEdits:
         return self._outer(path, product, change, hidden)
 
     def _turned(self, path: str, change: Tensor, output: Tensor) -> Tensor:
-        """Return the change of the norm's input that, with a new scale of the norm, changes its output by ``change``."""
+        """Return the change of the norm's input that, with a new scale, changes the norm's output by ``change``."""
         parts = parts_of(self.norm, output)
         wanted = parts.output + change
         flat = (vectors.flatten(0, -2) for vectors in (wanted, output, parts.normed))
@@ -178,7 +177,9 @@ class BlockEdits:
         return self.outer[path]
 
     def _inner(self, path: str, product: Product, read: Tensor, wanted: Tensor) -> LowRank:
-        formula = functools.partial(joint_weight_update if self.joint else weight_update, self._cast(path, product.weight))
+        formula = functools.partial(
+            joint_weight_update if self.joint else weight_update, self._cast(path, product.weight)
+        )
         self.inner[path] = edit = self._matrix_edit(path, product, formula, read, wanted)
         return edit
 

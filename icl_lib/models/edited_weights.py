@@ -68,7 +68,8 @@ class EditedWeight:
     Args:
         weight: the matrix as the parameter holds it.
         edit: a function of a :class:`Product`. It returns the edit: a :class:`~icl_lib.low_rank.LowRank` ``[out, in]``
-            or ``[*tokens, out, in]``, or a tensor ``[out]`` or ``[*tokens, out]`` that is added to the outputs, or None.
+            or ``[*tokens, out, in]``, or a tensor ``[out]`` or ``[*tokens, out]`` that is added to the outputs, or
+            None.
         dense: form the edited matrix for each product, so that it rounds as a merged model does.
         name: the place of the weight, for error messages.
 
@@ -159,9 +160,11 @@ def _plus(output: Tensor, read: Tensor, edit: LowRank | Tensor, name: str) -> Te
     if not batch:
         if isinstance(edit, Tensor):
             return output.add_(edit)
-        return output.view(-1, output.shape[-1]).addmm_(
-            read.reshape(-1, read.shape[-1]) @ edit.right, edit.left.mT
-        ).view_as(output)
+        return (
+            output.view(-1, output.shape[-1])
+            .addmm_(read.reshape(-1, read.shape[-1]) @ edit.right, edit.left.mT)
+            .view_as(output)
+        )
     if batch.numel() == tokens.numel():
         if isinstance(edit, Tensor):
             return output.add_(edit.reshape(output.shape))
@@ -243,7 +246,7 @@ def holder_of(block: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def parameter_at(block: nn.Module, path: str) -> Tensor:
-    """Return the parameter of the map or norm with this path, of one expert if it names one; also while it is edited."""
+    """Return the parameter of the map or norm with this path, also while it is edited; of one expert if it names one."""
     path, expert = split(path)
     module, name = holder_of(block, path)
     weight = module._parameters[name].detach()

@@ -94,4 +94,3 @@ def _wrapped(model: nn.Module, path: str, targets: Iterable[str]) -> str:
     names = [one for one, _ in model.get_submodule(parent).named_parameters(recurse=False)]
     later = [one for one in names[names.index(name) + 1 :] if f"{parent}.{one}" in targets]
     return parent + ".base_layer" * len(later)
-

@@ -36,6 +36,10 @@ from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.report import TOLERANCE
 
 
+class NotReproducedError(ValueError):
+    """A block whose output with its edits is not that with the prompt."""
+
+
 def without_context(
     model: nn.Module,
     sites: Sequence[Site],
@@ -57,8 +61,7 @@ def without_context(
         require: raise at the first block whose output is not that of the run with the context.
         visit: called after each block with its number, its output, ``[*batch, positions, width]``, and its edits.
 
-    Raises `ValueError`, with the block, if its output with the edits is not that with the context: then the block
-    computes something that its anatomy does not say.
+    Raises :class:`NotReproducedError`, with the block, if its output with the edits is not that with the context.
     """
 
     def after(index: int, edits: BlockEdits, output: Tensor) -> Tensor | None:
@@ -100,23 +103,16 @@ def edits_of(
 
 
 def require_reproduced(edits: BlockEdits, patched: Tensor, prompted: Tensor) -> None:
-    """Raise `ValueError` if a block with its edits does not output what it outputs with the context.
+    """Raise :class:`NotReproducedError` if a block with its edits does not output what it outputs with the context.
 
     The limit is a few times the tolerance of :func:`icl_lib.models.verify.verify`.
     """
     off = float(relative_error(patched, prompted).max())
     limit = tolerance_of(patched.dtype, edits) * (10 if patched.dtype.itemsize > 2 else 2)
     if not off <= limit:
-        remedy = (
-            "No one edit serves all positions to this precision: give each position its own edits (Patch.applied), or "
-            "take a shorter query or a wider dtype."
-            if edits.joint
-            else "Either the block computes more than its anatomy says (a factor on a branch, another map with the "
-            "same input, a hook), or the numbers are too ill-conditioned for this dtype."
-        )
-        raise ValueError(
+        raise NotReproducedError(
             f"{edits.where}: with its edits this block's output differs from that with the prompt by {off:.0e}, "
-            f"relatively; rounding explains {limit:.0e}. {remedy}"
+            f"relatively; rounding explains {limit:.0e}."
         )
 
 

@@ -20,9 +20,14 @@ from icl_lib.models.anatomy import Anatomy, Site, known_anatomy, sites
 from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.edited_weights import parameter_at, split
 from icl_lib.models.lora import write_adapter
-from icl_lib.models.passes import edits_of, experts_one_by_one
+from icl_lib.models.passes import NotReproducedError, edits_of, experts_one_by_one
 from icl_lib.models.prompt import Call, Prompt
 from icl_lib.models.streams import Stream
+
+NO_JOINT_EDIT = (
+    "No one edit serves all positions to this precision: give each position its own edits (Patch.applied), or take a "
+    "shorter query or a wider dtype."
+)
 
 
 def _no_model() -> None:
@@ -100,8 +105,11 @@ class Patch:
                 "positions='query'."
             )
         placed = self._placed(model)
-        with experts_one_by_one(model, placed):
-            blocks = edits_of(model, placed, self.cached, self.outer_kind, joint=True, dense=dense)
+        try:
+            with experts_one_by_one(model, placed):
+                blocks = edits_of(model, placed, self.cached, self.outer_kind, joint=True, dense=dense)
+        except NotReproducedError as error:
+            raise ValueError(f"{error} {NO_JOINT_EDIT}") from None
         return replace(self, blocks=blocks, is_joint=True)
 
     @contextlib.contextmanager

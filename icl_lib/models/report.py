@@ -22,7 +22,7 @@ class Report:
     r"""The measurements of :func:`icl_lib.models.verify.verify`. Nested lists are indexed by block, then by position.
 
     An error is $\lVert T_{\text{patched}} - T(C, x)_i \rVert / \lVert T(C, x)_i \rVert$. Its control is the same
-    quantity without edits. The model is run as a whole, so the error of a block is that of the residual stream after it.
+    quantity without edits. The model is run as a whole, so the error of a block is that of the stream after it.
 
     Attributes:
         model: the name of the model's class.

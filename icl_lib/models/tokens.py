@@ -74,7 +74,9 @@ class Tokens(Prompt):
             return None
         if not isinstance(mask, Tensor) or mask.shape != inputs.shape:
             shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask is {shape}: give a tensor of the shape of the inputs, {tuple(inputs.shape)}.")
+            raise ValueError(
+                f"attention_mask is {shape}: give a tensor of the shape of the inputs, {tuple(inputs.shape)}."
+            )
         rows = mask.reshape(-1, self.length) != 0
         if bool((rows[:, 1:] < rows[:, :-1]).any()) or not bool(rows[:, self.first :].all()):
             raise ValueError(
@@ -94,7 +96,10 @@ class Tokens(Prompt):
 
     def bare(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the call without the context, with every token at its own position."""
-        ids, start = inputs.reshape(-1, inputs.shape[-1]), self.context_length if self.reference == "query" else self.first
+        ids, start = (
+            inputs.reshape(-1, inputs.shape[-1]),
+            self.context_length if self.reference == "query" else self.first,
+        )
         call = {"input_ids": ids[:, start:], "position_ids": self._positions(ids, start)}
         if self.reference == "self":  # each token is a sequence of its own
             call = {name: part.reshape(-1, 1) for name, part in call.items()}

@@ -1,9 +1,9 @@
 r"""Check the identity for a model and a prompt: an error for every block and position, with its control.
 
 The check runs the model three times: with the context; on the bare query, at up to :data:`CONTROLS` positions; and on
-the bare query with edited weights. The edits are kept as factors: an edited linear map outputs $W z + L (R^\top z)$, and
-:meth:`icl_lib.models.patch.Patch.merged` computes the matrix $W + L R^\top$. The activation with the context is used
-only to compute an edit; it is never given to the MLP.
+the bare query with edited weights. The edits are kept as factors: an edited linear map outputs
+$W z + L (R^\top z)$, and :meth:`icl_lib.models.patch.Patch.merged` computes the matrix $W + L R^\top$. The activation
+with the context is used only to compute an edit; it is never given to the MLP.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def verify(
 
     Source: Innocenti and Achour (arXiv 2512.11255, version 1), Theorem 1. The model is run as a whole on the bare
     query, with its own forward pass. After each block, its stream is compared with that of the run with the context,
-    and at the end the model's output. Where a single query stands for all positions, it alone goes on to the next block.
+    and at the end the model's output. Where a single query stands for all positions, it alone goes on to the next
+    block.
 
     Args:
         model, inputs, context_length, reference, positions, outer, joint, progress, attention_mask: as for

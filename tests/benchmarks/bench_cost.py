@@ -25,7 +25,7 @@ from benchmarks.memory import peak_memory
 from benchmarks.operations import fitted_exponent, operations
 from icl_lib import Transformer, TransformerConfig, verify
 from icl_lib.measures import relative_error
-from icl_lib.models.verify import TOLERANCE
+from icl_lib.models.report import TOLERANCE
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "data" / "cost.json"
 Calls = dict[str, Callable[[], Any]]
