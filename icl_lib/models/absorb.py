@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from icl_lib.models.activations import CachedPrompt, with_context
 from icl_lib.models.anatomy import HOW_TO_REGISTER, Anatomy, Site, known_anatomy, outer_choices, require_plain, sites
-from icl_lib.models.passes import NotReproducedError, bar_over, edits_of, experts_one_by_one
+from icl_lib.models.block_edits import NotReproducedError
+from icl_lib.models.passes import bar_over, edits_of, experts_one_by_one
 from icl_lib.models.patch import NO_JOINT_EDIT, Patch
 from icl_lib.models.probing import probe
 from icl_lib.models.prompt import Prompt, accepted

@@ -24,6 +24,10 @@ from icl_lib.output_updates import output_update, scale_update, turning_update
 from icl_lib.theorem import joint_weight_update, least_norm_edit, weight_update
 
 
+class NotReproducedError(ValueError):
+    """A block whose output with its edits is not that with the prompt, or whose anatomy cannot be right."""
+
+
 class BlockEdits:
     """Computes the edits of one block.
 
@@ -140,8 +144,8 @@ class BlockEdits:
         return self._outer(f"{path}[{expert}]", product, change, product.read)
 
     def _on_hidden(self, path: str, product: Product) -> LowRank | Tensor:
-        change = self._needed
         self._note(path, product)
+        change = self._needed
         if self.kind == "bias":
             self.outer[path] = self._one_vector(path, change)
             return self.outer[path]
@@ -194,6 +198,8 @@ class BlockEdits:
         return self._named(path, formula, *vectors)
 
     def _note(self, path: str, product: Product) -> None:
+        if self.change is None:
+            raise NotReproducedError(f"{self.where}.{path} is called before {self.where}.{self.anatomy.stream}.")
         self.rounded |= product.rounded
         if product.transposed:
             self.transposed.add(split(path)[0])

@@ -246,7 +246,7 @@ def holder_of(block: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def parameter_at(block: nn.Module, path: str) -> Tensor:
-    """Return the parameter of the map or norm with this path, also while it is edited; of one expert if it names one."""
+    """Return the parameter of the map, norm or expert with this path, also while it is edited."""
     path, expert = split(path)
     module, name = holder_of(block, path)
     weight = module._parameters[name].detach()

@@ -31,13 +31,9 @@ from icl_lib.environment import building_book
 from icl_lib.measures import relative_error
 from icl_lib.models.activations import CachedPrompt, on_output
 from icl_lib.models.anatomy import Site, is_experts
-from icl_lib.models.block_edits import BlockEdits
+from icl_lib.models.block_edits import BlockEdits, NotReproducedError
 from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.report import TOLERANCE
-
-
-class NotReproducedError(ValueError):
-    """A block whose output with its edits is not that with the prompt."""
 
 
 def without_context(

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from icl_lib.low_rank import LowRank
 from icl_lib.models.activations import CachedPrompt
 from icl_lib.models.anatomy import Anatomy, Site, known_anatomy, sites
+from icl_lib.models.block_edits import NotReproducedError
 from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.edited_weights import parameter_at, split
 from icl_lib.models.lora import write_adapter
-from icl_lib.models.passes import NotReproducedError, edits_of, experts_one_by_one
+from icl_lib.models.passes import edits_of, experts_one_by_one
 from icl_lib.models.prompt import Call, Prompt
 from icl_lib.models.streams import Stream
 
