@@ -1,6 +1,12 @@
 """The papers' experiments as functions from settings to data; :mod:`icl_lib.paper.plots` draws them."""
 
 from icl_lib.paper.experiments.alignment import between_blocks, cosines, likeness, renumbered, within_block
+from icl_lib.paper.experiments.architectures import (
+    LANGUAGE_MODELS,
+    MORE_LANGUAGE_MODELS,
+    small_language_model,
+    survey,
+)
 from icl_lib.paper.experiments.every_block import (
     BLOCK_COLUMNS,
     COLUMNS,
@@ -8,7 +14,7 @@ from icl_lib.paper.experiments.every_block import (
     measure_every_block,
     run_every_block,
 )
-from icl_lib.paper.experiments.language import LANGUAGE_MODELS, edited_for_questions, small_language_model
+from icl_lib.paper.experiments.language import edited_for_questions
 from icl_lib.paper.experiments.one_block import (
     ONE_BLOCK,
     TrainingCurves,
@@ -36,6 +42,7 @@ __all__ = [
     "BLOCK_COLUMNS",
     "COLUMNS",
     "LANGUAGE_MODELS",
+    "MORE_LANGUAGE_MODELS",
     "ONE_BLOCK",
     "VARIED",
     "BesideSGD",
@@ -62,6 +69,7 @@ __all__ = [
     "small_language_model",
     "smaller_edits",
     "summarise",
+    "survey",
     "training_curves",
     "validate",
     "with_other_tail",
