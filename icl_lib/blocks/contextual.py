@@ -67,9 +67,7 @@ class _MultiHead(nn.Module):
         require_size("head_dim", head_dim)
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         width = heads * self.head_dim
-        self.query = nn.Linear(dim, width, bias=False)
-        self.key = nn.Linear(dim, width, bias=False)
-        self.value = nn.Linear(dim, width, bias=False)
+        self.query, self.key, self.value = (nn.Linear(dim, width, bias=False) for _ in range(3))
         self.output = nn.Linear(width, dim, bias=False)
 
     def _heads(self, projection: nn.Linear, x: Tensor) -> Tensor:

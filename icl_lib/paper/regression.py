@@ -191,7 +191,10 @@ class Trainer:
     def _optimisation(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         steps, schedule = self.settings.steps, self.settings.schedule
         optimiser = torch.optim.Adam(self.model.parameters(), self.settings.learning_rate)
-        rate = (lambda step: _warm_up_then_cosine(step, steps)) if schedule == "cosine" else _constant
+
+        def rate(step: int) -> float:
+            return _warm_up_then_cosine(step, steps) if schedule == "cosine" else 1.0
+
         return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
 
     def _draw_loss(self) -> Tensor:
@@ -278,10 +281,6 @@ def train(
         if step < settings.steps:
             trainer.advance()
     return trainer.model.requires_grad_(False).eval()
-
-
-def _constant(_: int) -> float:
-    return 1.0
 
 
 def _warm_up_then_cosine(step: int, steps: int) -> float:

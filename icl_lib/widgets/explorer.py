@@ -109,7 +109,6 @@ class _Control:
             for i, value in enumerate(values):
                 if not isinstance(value, (str, bool, numbers.Real)):
                     raise ValueError(f"{name}[{i}] is {value!r}: give numbers or strings, or a dictionary with labels.")
-            for i, value in enumerate(values):
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"{name}[{i}] is {value}: give finite numbers, or a dictionary with labels.")
             texts = [_text(value) for value in values]
