@@ -1,6 +1,7 @@
 r"""The anatomies of causal language models of Hugging Face, one entry for each ``model_type``.
 
-- Sequential blocks (GPT-2, Llama, Qwen 3, BERT as a decoder): the inner maps are edited, then the last map or its bias.
+- Sequential blocks (GPT-2, Llama, Qwen 3, BERT and BART as decoders): the inner maps are edited, then the last map or
+  its bias.
 - Blocks with a norm after the MLP (Gemma 3, OLMo 2): the inner maps, then the last map and the norm's scale, or the
   scale alone.
 - Parallel blocks (GPT-NeoX as in Pythia, GPT-J, Falcon, Cohere): only the last map or its bias, since the MLP reads the
@@ -198,11 +199,13 @@ _KINDS: dict[str, Entry] = {
     "mpt": Anatomy("transformer.blocks", "norm_2", ("ffn.up_proj",), "ffn.down_proj"),
     "ctrl": Anatomy("transformer.h", "layernorm2", ("ffn.0",), "ffn.2"),
     "opt": _opt,
+    "bigbird_pegasus blenderbot mbart pegasus": OPT,
     "xglm": replace(OPT, blocks="model.layers"),
     "biogpt": replace(OPT, blocks="biogpt.layers"),
     "megatron-bert": replace(BERT, stream="ln"),
     # The norm belongs to the stream.
     "openai-gpt": replace(GPT_2, stream="mlp"),
+    "bart blenderbot-small marian mvp plbart trocr": replace(OPT, stream="fc1"),
     "bert bert-generation big_bird": BERT,
     "electra": replace(BERT, blocks="electra.encoder.layer"),
     "ernie": replace(BERT, blocks="ernie.encoder.layer"),

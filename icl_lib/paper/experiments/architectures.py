@@ -108,6 +108,14 @@ _MAMBA: dict[str, Any] = {
 _ROPE = {kind: {"rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
 _CONVOLUTION: dict[str, Any] = {"layer_types": _Cycle(("conv", "full_attention"))}
 _ENCODER: dict[str, Any] = {**_SHAPE, "is_decoder": True, "tie_word_embeddings": False, "embedding_size": 32}
+# The decoder of a pair; the encoder is not built.
+_PAIR: dict[str, Any] = {
+    **_SHAPE,
+    "d_model": 32,
+    "tie_word_embeddings": False,
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+}
 _UNTIED: dict[str, Any] = {**_GPT, "tie_word_embeddings": False}
 _WIDTH: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "tie_word_embeddings": False}
 _HALF: dict[str, Any] = {"residual_multiplier": 0.5}
@@ -157,11 +165,21 @@ MORE_LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "MPT": ("MptConfig", {**_WIDTH, "n_heads": 4, "max_seq_len": 128}),
     "CTRL": ("CTRLConfig", {**_UNTIED, "dff": 64}),
+    "BigBird-Pegasus": ("BigBirdPegasusConfig", _PAIR),
+    "Blenderbot": ("BlenderbotConfig", _PAIR),
+    "mBART": ("MBartConfig", _PAIR),
+    "Pegasus": ("PegasusConfig", _PAIR),
     "XGLM": ("XGLMConfig", {**_WIDTH, "attention_heads": 4, "ffn_dim": 64}),
     "BioGPT": ("BioGptConfig", _ENCODER),
     "Megatron-BERT": ("MegatronBertConfig", _ENCODER),
     # The norm belongs to the stream
     "OpenAI GPT": ("OpenAIGPTConfig", _UNTIED),
+    "BART": ("BartConfig", _PAIR),
+    "Blenderbot, small": ("BlenderbotSmallConfig", _PAIR),
+    "Marian": ("MarianConfig", _PAIR),
+    "MVP": ("MvpConfig", _PAIR),
+    "PLBart": ("PLBartConfig", _PAIR),
+    "TrOCR": ("TrOCRConfig", _PAIR),
     "BERT": ("BertConfig", _ENCODER),
     "BERT Generation": ("BertGenerationConfig", _ENCODER),
     "BigBird": ("BigBirdConfig", {**_ENCODER, "attention_type": "original_full"}),
@@ -336,8 +354,9 @@ def small_language_model(
             "version."
         )
     settings = {key: value.over(blocks) if isinstance(value, _Cycle) else value for key, value in settings.items()}
-    depth = {"n_layer" if "n_embd" in settings else "num_hidden_layers": blocks}
-    config = getattr(transformers, config_class)(**{**settings, **depth, **options})
+    depth = "n_layer" if "n_embd" in settings else "num_hidden_layers"
+    depth = "decoder_layers" if "decoder_ffn_dim" in settings else depth
+    config = getattr(transformers, config_class)(**{**settings, depth: blocks, **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -366,6 +385,7 @@ def survey(names: Iterable[str] | None = None, dtype: torch.dtype = torch.float6
     - ``name``, and ``model_type`` as in :func:`icl_lib.models.architectures.architectures`;
     - ``error``: the relative difference between the logits of the copy and those of the model after the whole prompt;
     - ``control``: the same for the model itself, without edits;
+    - ``passes``: the runs of the model in which the edits are found;
     - ``unchanged``: whether the model's state is, bit for bit, what it was before;
     - ``float32``: what computes in float32 in a model in float64: ``all``, ``the router`` or an empty string.
 
@@ -393,13 +413,17 @@ def _row(name: str, dtype: torch.dtype) -> dict[str, Any]:
         cache = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
         return model(**call, **cache).logits[:, -1]
 
+    runs = []
+    counter = model.register_forward_pre_hook(lambda *_: runs.append(1))
     patch = absorb(model, ids, ids.shape[1] - 1)
+    counter.remove()
     wanted, bare = logits(model, input_ids=ids), patch.bare(ids)
     return {
         "name": name,
         "model_type": model.config.model_type,
         "error": relative_error(logits(patch.merged(model), **bare), wanted).item(),
         "control": relative_error(logits(model, **bare), wanted).item(),
+        "passes": len(runs),
         "unchanged": all(torch.equal(before[key], value) for key, value in model.state_dict().items()),
         "float32": narrow,
     }
