@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import icl_lib.models.architectures  # noqa: F401  (registers the anatomies it lists)
 from icl_lib.blocks.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.blocks.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.blocks.transformer import Transformer, TransformerConfig
@@ -10,9 +9,11 @@ from icl_lib.low_rank import LowRank
 from icl_lib.measures import relative_error
 from icl_lib.models.absorb import absorb
 from icl_lib.models.anatomy import Anatomy, register_anatomy
+from icl_lib.models.architectures import architectures
 from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.generation import Agreement, greedy_agreement
 from icl_lib.models.patch import Patch
+from icl_lib.models.probing import probe
 from icl_lib.models.report import Report
 from icl_lib.models.text import tokens_of
 from icl_lib.models.verify import verify
@@ -37,6 +38,7 @@ __all__ = [
     "TransformerConfig",
     "absorb",
     "alignment",
+    "architectures",
     "bias_update",
     "explore",
     "greedy_agreement",
@@ -45,6 +47,7 @@ __all__ = [
     "kept_context",
     "least_norm_edit",
     "output_update",
+    "probe",
     "register_anatomy",
     "relative_error",
     "scale_update",

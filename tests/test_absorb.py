@@ -245,7 +245,7 @@ GOOD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
         ({"context_length": 2.0}, "context_length is 2.0"),
         ({"reference": "token"}, "reference is 'token': choose 'query' or 'self'"),
         ({"positions": "last"}, "positions is 'last'"),
-        ({"context_length": 3, "positions": "all"}, "only a single query can replace every position"),
+        ({"context_length": 3, "positions": "all"}, "only a single query can replace every position, with an edit for each"),
     ],
 )
 def test_bad_arguments_are_named(change, says):

@@ -44,6 +44,7 @@ def prompt_of(model: Any, inputs: Any, *arguments: Any) -> Prompt:
     return (Tokens if integers else Stream)(model, inputs, *arguments)
 
 
+EXAMPLE = Anatomy(blocks="blocks", stream="norm", inner=("mlp.up",), outer="mlp.down")
 _PROBED: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
 
 
@@ -55,10 +56,22 @@ def anatomy_of(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
     """
     known = known_anatomy(model) or _PROBED.get(model)
     if known is None:
-        known = probe(model, inputs)
+        name = type(model).__name__
+        try:
+            known = probe(model, inputs)
+        except ValueError as reason:
+            example = HOW_TO_REGISTER.format(name=name, anatomy=EXAMPLE)
+            raise ValueError(
+                f"model is a {name}, whose anatomy is unknown. Probing did not find it: {reason} If you know the places "
+                f"of its parts, register them, for example:\n{example}"
+            ) from None
+        except Exception as error:  # whatever the model's own forward pass raises
+            raise ValueError(
+                f"model is a {name}, whose anatomy is unknown, and it does not run on the inputs: {error}"
+            ) from error
         _PROBED[model] = known
-        code = HOW_TO_REGISTER.format(name=type(model).__name__, anatomy=known)
-        print(f"The anatomy of {type(model).__name__} was found by probing. To register it:\n{code}", file=sys.stderr)
+        code = HOW_TO_REGISTER.format(name=name, anatomy=known)
+        print(f"The anatomy of {name} was found by probing. To register it:\n{code}", file=sys.stderr)
     return known
 
 

@@ -21,6 +21,11 @@ Call = Tensor | dict[str, Tensor]
 class Prompt:
     """A prompt of which the first tokens are replaced.
 
+    A subclass checks its inputs (``check``, ``padding_of``), says which position gets the first edit
+    (``first_position``), and makes the calls with the context and without it (``whole``, ``bare``, and ``at`` for some
+    of the positions alone). Its ``run`` calls the model's own forward pass. ``outer`` names the weights that take the
+    change of the stream by default.
+
     Args:
         model: the model that reads the prompt.
         inputs: the whole prompt.
@@ -28,9 +33,6 @@ class Prompt:
 
     Raises `ValueError` for inputs that the theorem or the model does not cover.
     """
-
-    outer: str
-    """The weights that take the change of the stream by default."""
 
     def __init__(
         self,
@@ -65,42 +67,6 @@ class Prompt:
         self.lead = torch.Size((*self.lead_of(inputs)[:-1], length - self.first))
         rows = length - self.context_length if reference == "query" else length - self.first
         self.bare_lead = torch.Size((*self.lead[:-1], rows))
-
-    @staticmethod
-    def check(model: nn.Module, inputs: Any) -> None:
-        """Require inputs that the model can read."""
-        raise NotImplementedError
-
-    @staticmethod
-    def lead_of(inputs: Tensor) -> torch.Size:
-        """Return the leading dimensions of the inputs, ``[*batch, n]``."""
-        raise NotImplementedError
-
-    def first_position(self, length: int, positions: str | None, joint: bool) -> int:
-        """Return the first position that gets an edit."""
-        raise NotImplementedError
-
-    def padding_of(self, inputs: Tensor, mask: Any) -> Tensor | None:
-        """Return the number of padding tokens before each prompt, or None."""
-        raise NotImplementedError
-
-    def whole(self, inputs: Tensor) -> Call:
-        """Return the call with the context."""
-        raise NotImplementedError
-
-    def bare(self, inputs: Tensor) -> Call:
-        """Return the call without the context; see :meth:`icl_lib.models.patch.Patch.bare`."""
-        raise NotImplementedError
-
-    @staticmethod
-    def at(call: Call, batch: torch.Size, positions: Tensor) -> Call:
-        """Return the bare call of reference ``self`` for some of the positions."""
-        raise NotImplementedError
-
-    @staticmethod
-    def run(model: nn.Module, call: Call, keep: int | None = None, **options: Any) -> Tensor:
-        """Run the model's own forward pass; return its outputs, or those of the last ``keep`` tokens."""
-        raise NotImplementedError
 
 
 def check_lengths(length: int, context_length: Any) -> None:

@@ -46,7 +46,7 @@ class Stream(Prompt):
         if positions == "all" and self.reference == "query" and not single:
             raise ValueError(
                 f"positions is 'all' with {length - self.context_length} tokens after the context and joint={joint}, "
-                "but only a single query, with an edit for each position, can replace every position: give "
+                "but only a single query can replace every position, with an edit for each: give "
                 f"context_length={length - 1} and joint=False, reference='self' or positions='query'."
             )
         every = positions == "all" or (positions is None and (self.reference == "self" or single))
