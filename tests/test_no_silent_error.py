@@ -16,13 +16,14 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     GraniteConfig,
+    LlamaForSequenceClassification,
     MptConfig,
     Olmo2Config,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
 )
 
-from icl_lib import Anatomy, absorb, verify
+from icl_lib import Anatomy, Transformer, TransformerConfig, absorb, verify
 from icl_lib.measures import relative_error
 from icl_lib.models.anatomy import _ENTRIES, ARCHITECTURES
 from icl_lib.models.architectures import LLAMA, MIXTRAL
@@ -473,3 +474,40 @@ def test_every_kind_of_patch_can_be_pickled(ids, kind):
         edited = model(**loaded.bare(ids)).logits
     with patch.applied(model):
         assert torch.equal(edited, model(**patch.bare(ids)).logits)
+
+
+class Pooled(Transformer):
+    """After the blocks, each token reads all tokens once more."""
+
+    def forward(self, sequence):
+        output = super().forward(sequence)
+        return output + output.mean(-2, keepdim=True)
+
+
+def test_context_that_enters_after_the_blocks_is_noticed():
+    config, inputs = TransformerConfig(dim=8, blocks=2, heads=2), torch.randn(6, 8).double()
+    with pytest.raises(ValueError, match="with the edits of all blocks the model's output differs"):
+        absorb(Pooled(config).double(), inputs, 5)
+    report = verify(Pooled(config).double(), inputs, 5)
+    assert max(map(max, report.error)) < 1e-12 < report.output_error
+    assert not report.holds
+    absorb(Transformer(config).double(), inputs, 5)
+
+
+def test_a_patch_from_inference_mode_can_be_used_outside(ids):
+    model = shape_of_llama()
+    with torch.inference_mode():
+        patch = absorb(model, ids, 9)
+    model.requires_grad_(True)
+    with patch.applied(model):
+        logits = model(**patch.bare(ids)).logits
+    logits.sum().backward()
+    assert relative_error(logits.detach(), model(ids).logits[:, 9:].detach()).max() < 1e-12
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+
+
+def test_a_classifier_is_refused(ids):
+    config = small_language_model("Llama").config
+    model = LlamaForSequenceClassification(config).double().eval()
+    with pytest.raises(ValueError, match="without logits .*give a causal language model"):
+        absorb(model, ids, 9)

@@ -62,8 +62,8 @@ def anatomy_of(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
         except ValueError as reason:
             example = HOW_TO_REGISTER.format(name=name, anatomy=EXAMPLE)
             raise ValueError(
-                f"model is a {name}, whose anatomy is unknown. Probing did not find it: {reason} If you know the places "
-                f"of its parts, register them, for example:\n{example}"
+                f"model is a {name}, whose anatomy is unknown. Probing did not find it: {reason} If you know the "
+                f"places of its parts, register them, for example:\n{example}"
             ) from None
         except Exception as error:  # whatever the model's own forward pass raises
             raise ValueError(
@@ -174,4 +174,5 @@ def cache(
 ) -> tuple[CachedPrompt, Tensor]:
     """Run the whole prompt; return what the blocks read, and the model's outputs as :func:`with_context` does."""
     blocks, outputs = with_context(model, placed, type(prompt), prompt.whole(inputs), prompt.lead, **options)
-    return CachedPrompt(type(prompt), prompt.bare(inputs), prompt.lead, prompt.bare_lead, blocks), outputs
+    last = outputs.reshape(*prompt.lead[:-1], -1, outputs.shape[-1])[..., -1, :]
+    return CachedPrompt(type(prompt), prompt.bare(inputs), prompt.lead, prompt.bare_lead, blocks, last), outputs

@@ -42,6 +42,7 @@ class CachedPrompt:
         lead: the leading dimensions of the edits, ``[*batch, positions]``.
         bare_lead: those of the query; it has one position if a single query stands for all positions.
         blocks: the activations of each block.
+        output: what the model outputs at the last position, ``[*batch, width]``.
     """
 
     kind: type[Prompt]
@@ -49,6 +50,7 @@ class CachedPrompt:
     lead: torch.Size
     bare_lead: torch.Size
     blocks: tuple[BlockActivations, ...]
+    output: Tensor
 
 
 def with_context(
@@ -70,7 +72,7 @@ def with_context(
         options: arguments of the model.
     """
     found = tuple(BlockActivations() for _ in sites)
-    with contextlib.ExitStack() as stack, torch.no_grad():
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         for site, block in zip(sites, found, strict=True):
             _Recorder(site, block, lead).install(stack, visit)
         outputs = kind.run(model, call, keep, **options)

@@ -93,7 +93,7 @@ def greedy_agreement(
             call = {"input_ids": current, "position_ids": torch.full_like(current, length - 1 + step)}
             blocks, wanted = with_context(model, placed, Tokens, call, lead, keep=1, **options)
             bare = Tokens.run(model, call)
-            cached = CachedPrompt(Tokens, call, lead, lead, blocks)
+            cached = CachedPrompt(Tokens, call, lead, lead, blocks, wanted[:, -1])
             edited = without_context(model, placed, cached, outer, require=False)
             chosen.append(tuple(logits[:, -1].argmax(-1) for logits in (edited, wanted, bare)))
             errors.append(relative_error(edited, wanted).max().item())

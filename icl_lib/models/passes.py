@@ -59,24 +59,31 @@ def without_context(
 
     Raises :class:`NotReproducedError`, with the block, if its output with the edits is not that with the context.
     """
+    blocks = [
+        BlockEdits(site, prompt, seen, outer, joint, dense) for site, seen in zip(sites, prompt.blocks, strict=True)
+    ]
 
-    def after(index: int, edits: BlockEdits, output: Tensor) -> Tensor | None:
-        wanted = prompt.blocks[index].output
+    def after(index: int, output: Tensor) -> Tensor | None:
+        edits, wanted = blocks[index], prompt.blocks[index].output
         patched = output.reshape(wanted.shape)
         edits.require_complete()
         if require:
-            require_reproduced(edits, patched, wanted)
+            _require_reproduced(f"{edits.where}: with its edits this block's output", patched, wanted, [edits])
         visit(index, patched, edits)
         edits.forget()
         # A query that stands for all positions goes on alone.
         return output[..., -1:, :] if prompt.lead != prompt.bare_lead else None
 
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        for index, site in enumerate(sites):
-            edits = BlockEdits(site, prompt, prompt.blocks[index], outer, joint, dense)
+    # Edits that are made in inference mode could not be used outside.
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+        for index, edits in enumerate(blocks):
             edits.install(stack)
-            on_output(stack, site.block, functools.partial(after, index, edits))
-        return prompt.kind.run(model, prompt.bare, keep)
+            on_output(stack, edits.block, functools.partial(after, index))
+        outputs = prompt.kind.run(model, prompt.bare, keep)
+    if require:
+        last = outputs.reshape(*prompt.output.shape[:-1], -1, outputs.shape[-1])[..., -1, :]
+        _require_reproduced("with the edits of all blocks the model's output", last, prompt.output, blocks)
+    return outputs
 
 
 def edits_of(
@@ -98,17 +105,17 @@ def edits_of(
     return tuple(found)
 
 
-def require_reproduced(edits: BlockEdits, patched: Tensor, prompted: Tensor) -> None:
-    """Raise :class:`NotReproducedError` if a block with its edits does not output what it outputs with the context.
+def _require_reproduced(what: str, patched: Tensor, prompted: Tensor, blocks: Sequence[BlockEdits]) -> None:
+    """Raise :class:`NotReproducedError` if an output with the edits of these blocks is not that with the context.
 
-    The limit is a few times the tolerance of :func:`icl_lib.models.verify.verify`.
+    The limit is a few times the tolerance of a verification.
     """
     off = float(relative_error(patched, prompted).max())
-    limit = tolerance_of(patched.dtype, edits) * (10 if patched.dtype.itemsize > 2 else 2)
+    tolerance = max(tolerance_of(patched.dtype, edits) for edits in blocks)
+    limit = tolerance * (10 if patched.dtype.itemsize > 2 else 2)
     if not off <= limit:
         raise NotReproducedError(
-            f"{edits.where}: with its edits this block's output differs from that with the prompt by {off:.0e}, "
-            f"relatively; rounding explains {limit:.0e}."
+            f"{what} differs from that with the prompt by {off:.0e}, relatively; rounding explains {limit:.0e}."
         )
 
 

@@ -124,9 +124,10 @@ class Tokens(Prompt):
         """Return the logits ``[rows, tokens, vocabulary]``, or those of the last ``keep`` tokens."""
         output = call_model(model, call, keep, **options)
         logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor):
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
             raise ValueError(
-                f"the model returns a {type(output).__name__} without logits: give a causal language model."
+                f"the model returns a {type(output).__name__} without logits [rows, tokens, vocabulary]: give a causal "
+                "language model."
             )
         return logits if keep is None else logits[:, -keep:]
 
