@@ -7,9 +7,11 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY := passive
 
 BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
+# Two processes share the tests, file by file, in the order in which tests/conftest.py puts them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help book test figures gpt bench lint format picture clean
+.PHONY: help book check test figures gpt bench lint format picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -18,9 +20,12 @@ book: $(INSTALLED) ## execute every chapter and build the website
 	$(BUILD)
 	@echo "The book is built. Open: file://$(CURDIR)/_build/html/index.html"
 
-test: book lint ## build the book, then run all tests, those in a real browser included
+check: lint ## check style, and run the tests that take less than seconds and need neither the book nor a browser
+	$(PYTEST) -m "not slow"
+
+test: lint book ## build the book, then run all tests, those in a real browser included
 	$(BIN)/python tests/chromium.py
-	$(BIN)/pytest
+	$(PYTEST)
 
 figures: $(INSTALLED) ## run the papers' experiments at full scale, an hour or more; options: make figures ARGS=--help
 	$(BIN)/python -m icl_lib.paper.experiments $(ARGS)

@@ -27,6 +27,17 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests in a browser or of the built book as slow, and begin with their files, which take the longest."""
+    files = set()
+    for item in items:
+        if {"browser", "site"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+            files.add(item.path)
+    items.sort(key=lambda item: item.path not in files)
+
+
 def build_book(folder: Path) -> tuple[int, str]:
     """Build the book in a copy of the project as `make book` does; gives the exit status and all that was printed."""
     command = [Path(sys.executable).with_name("jupyter-book"), *BUILD]

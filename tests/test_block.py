@@ -48,6 +48,7 @@ CASES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=1000)
 @given(CASES)
 def test_theorem(case):

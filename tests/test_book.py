@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import BUILD, ROOT, build_book
 
+pytestmark = pytest.mark.slow
 PAGE = """---
 jupytext:
   text_representation:

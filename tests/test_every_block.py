@@ -34,6 +34,7 @@ RUNS = 11  # settings of the command with --quick: eight tasks, and what the fig
 TINY = EveryBlockSettings(tasks=4, length=6, steps=6)
 
 
+@pytest.mark.slow
 def test_figure_1_at_every_step():
     """The paper's settings, in its precision: the losses agree at each of the 100 steps, the outputs in each block."""
     result = {name: np.array(values) for name, values in run_every_block(EveryBlockSettings()).items()}
@@ -244,6 +245,7 @@ def test_figures_are_written_once(tmp_path):
     assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
 
 
+@pytest.mark.slow
 def test_the_command_survives_kill_9(tmp_path):
     """`make figures`, killed in the middle and started again: what was finished is kept, and each run is there once."""
     folder, summary = tmp_path / "runs", tmp_path / "summary.json"

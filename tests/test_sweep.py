@@ -172,12 +172,14 @@ def test_another_library_or_version_runs_again(value, tmp_path, monkeypatch):
     assert value(SCRIPT)[1] == 4
 
 
+@pytest.mark.slow
 def test_a_script_whose_function_is_in_main(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     run = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
     assert run.stdout == "a helped\n"
 
 
+@pytest.mark.slow
 def test_a_long_run_continues_where_it_was_killed(tmp_path, log):
     code = f"from test_sweep import *; sweep(counting, tasks({str(log)!r}, 1), {str(tmp_path / 'out')!r}, workers=1)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)

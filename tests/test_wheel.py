@@ -11,6 +11,7 @@ from zipfile import ZipFile
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 OFFLINE = ["--no-index", "--no-deps"]
 PROGRAM = """
