@@ -120,11 +120,9 @@ def test_only_what_is_missing_or_damaged_is_run(tmp_path, log, capsys):
 
 
 SCRIPT = """
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from icl_lib.paper.sweep import sweep
-@dataclass(frozen=True)
-class Settings:
-    seed: int = 0
+Settings = make_dataclass("Settings", [])
 def helper():
     return "helped"
 def run(settings, checkpoint):
