@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +70,7 @@ def _made_by(run: Callable[..., dict]) -> dict[str, Any]:
     return {
         "run": f"{run.__module__}.{run.__qualname__}",
         "code": hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12],
-        "versions": {"icl_lib": version("icl_lib"), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"icl_lib": version("icl_lib"), "torch": torch.__version__, "python": sys.version.split()[0]},
     }
 
 
@@ -147,4 +146,4 @@ def sweep(
     failed = [f"{one}.\n{trace}" for one, trace in zip(missing.values(), bar, strict=True) if trace]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed, first with {failed[0]}")
-    return [_read(path) for path in paths]
+    return [json.loads(path.read_text()) for path in paths]
