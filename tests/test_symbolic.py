@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from derivations import numerically_true
 import icl_lib
 from icl_lib import dynamics, symbolic
 from icl_lib.symbolic import weight_update
-from icl_lib.symbolic.derivation import Asked, First, Given, Identity, Minimise, Nonzero, rewritten
+from icl_lib.symbolic.derivation import Asked, First, Given, Identity, Minimise, Nonzero, Step, rewritten
 from icl_lib.symbolic.layout import LINE, width
 from icl_lib.symbolic.notation import latex, squared_norm
 
@@ -52,10 +53,10 @@ def replaced(derivation, old, new):
     """The derivation with one displayed formula exchanged for another."""
 
     def exchange(steps):
-        return tuple(
-            dataclasses.replace(step, shows=tuple(new if shown is old else shown for shown in step.shows))
-            for step in steps
-        )
+        return {
+            key: dataclasses.replace(step, shows=tuple(new if shown is old else shown for shown in step.shows))
+            for key, step in steps.items()
+        }
 
     return dataclasses.replace(
         derivation,
@@ -133,15 +134,17 @@ class TestEveryDerivation:
             for row in shown.rows:
                 assert row in text, key
                 assert row.count("{") == row.count("}"), row
-        for step in (*derivation.assumptions, *derivation.steps):
-            assert {field.name for field in dataclasses.fields(step)} == {"key", "title", "why", "shows"}
-            assert derivation.step(step.key) is step
+        for key, step in (*derivation.assumptions.items(), *derivation.steps.items()):
+            assert {field.name for field in dataclasses.fields(step)} == {"text", "shows"}
+            assert derivation.step(key) is step
+            assert re.match(r"\*\*[A-Z][^*]*[^*.]\.\*\* [A-Z$]", step.text), step.text  # a title, and a sentence
 
     @derivations
     def test_keys_are_unique_and_a_missing_one_is_named(self, derive):
         derivation = derive()
-        keys = [step.key for step in (*derivation.assumptions, *derivation.steps)]
+        keys = [*derivation.assumptions, *derivation.steps]
         assert len(keys) == len(set(keys))
+        assert all(key.isidentifier() for key in keys)
         with pytest.raises(ValueError, match=r"key is 'no such step', but .* has no such step: choose from"):
             derivation.step("no such step")
 
@@ -192,7 +195,7 @@ class TestPlantedFaults:
 
     def test_a_step_with_an_unrelated_matrix(self):
         derivation = symbolic.shared_factor()
-        shown = derivation.step("shared factor").shows[0]
+        shown = derivation.step("shared_factor").shows[0]
         unrelated = Identity(shown.parts[0], sp.MatrixSymbol("Q", *shown.parts[0].shape))
         assert not replaced(derivation, shown, unrelated).check()
 
@@ -414,7 +417,7 @@ def test_entries_are_derived_and_not_the_formula():
     """Nothing about the form of the edit is assumed: stationarity and the constraint are solved entry by entry."""
     derivation = weight_update(3, 2)
     assert len(derivation.entries) == 6
-    assert any(isinstance(shown, First) for shown in derivation.step("outer product").shows)
+    assert any(isinstance(shown, First) for shown in derivation.step("outer_product").shows)
 
 
 # Statements that no one function of the library computes, and where they are used instead.
@@ -490,12 +493,45 @@ def test_the_box_in_the_book_states_what_is_derived(name):
     assert f"={plain(latex(2 * shown.parts[-1]))}" not in box
 
 
+def clear_caches():
+    """Let every derivation be derived anew."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("icl_lib.symbolic.")]:
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
+def test_no_derivation_depends_on_the_text_of_a_step(monkeypatch):
+    """Titles and sentences are edited, all of them, and then every statement is derived again."""
+
+    def edited(self, text, *formulas, shows=()):
+        object.__setattr__(self, "text", f"**Edited {len(text)}.** Every word is another one.")
+        object.__setattr__(self, "shows", formulas or shows)
+
+    def shown(derivation):
+        return [(key, formula.rows) for key, formula in derivation.displayed()]
+
+    before = {name: derive() for name, derive in DERIVATIONS.items()}
+    clear_caches()
+    monkeypatch.setattr(Step, "__init__", edited)
+    try:
+        for name, derive in DERIVATIONS.items():
+            derivation = derive()
+            assert derivation is not before[name]
+            assert all("Every word" in step.text for step in {**derivation.assumptions, **derivation.steps}.values())
+            assert derivation.result == before[name].result
+            assert shown(derivation) == shown(before[name])
+            assert derivation.check()
+    finally:
+        clear_caches()
+
+
 def test_no_display_is_typed():
     """Where a derivation shows a formula, it gives an expression: no step gets LaTeX."""
     for path in (ROOT / "icl_lib" / "symbolic").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Step":
-                shows = node.args[3:]
+                shows = node.args[1:]
                 assert not any(isinstance(shown, ast.Constant | ast.JoinedStr) for shown in shows), path.name
 
 

@@ -39,8 +39,8 @@ its output with it.
 
 >>> from icl_lib.symbolic import weight_update
 >>> derivation = weight_update()
->>> [step.key for step in derivation.steps][:4]
-['lagrangian', 'stationarity', 'outer product', 'constraint']
+>>> list(derivation.steps)[:4]
+['lagrangian', 'stationarity', 'outer_product', 'constraint']
 >>> derivation.check()
 True
 """

@@ -7,7 +7,7 @@ from functools import cache
 import sympy as sp
 
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Nonzero, Step
-from icl_lib.symbolic.notation import OUT, dot, matrix, number, squared_norm, vector
+from icl_lib.symbolic.notation import OUT, dot, matrix, number, rank_one, squared_norm, vector
 from icl_lib.symbolic.position_weight_update import SOURCE, position_weight_update
 
 
@@ -48,41 +48,33 @@ def alignment() -> Derivation:
     return Derivation(
         name="alignment",
         source=f"{SOURCE}, and their Figures A.1, A.2, A.7 and A.8",
-        assumptions=(
-            *pair.assumptions(),
-            Step(
-                "cosine",
-                "Alignment",
-                "The cosine of two matrices is that of their entries, taken as two long vectors.",
+        assumptions=dict(
+            **pair.assumptions(),
+            cosine=Step(
+                "**Alignment.** The cosine of two matrices is that of their entries, taken as two long vectors.",
                 Identity(cosine, _cosine(D, E)),
             ),
         ),
-        steps=(
-            Step(
-                "inner product",
-                "Inner product",
-                "It is the product of two inner products: one over hidden units, one over inputs.",
+        steps=dict(
+            inner_product=Step(
+                "**Inner product.** It is the product of two inner products: one over hidden units, one over inputs.",
                 Identity(dot(D, E), dot(u, v) * dot(f, g) / (squared_norm(f) * squared_norm(g))),
             ),
-            Step(
-                "norms",
-                "Norms",
-                "This is the first step for an update with itself.",
+            norms=Step(
+                "**Norms.** This is the first step for an update with itself.",
                 Identity(squared_norm(D), squared_norm(u) / squared_norm(f)),
             ),
-            Step(
-                "product",
-                "Across blocks",
-                "The squared norms cancel. Each inner product is divided by the lengths of its own two vectors.",
+            product=Step(
+                "**Across blocks.** The squared norms cancel. Each inner product is divided by the lengths of its own "
+                "two vectors.",
                 Identity(cosine, of_columns * of_rows),
                 Identity(of_columns, _cosine(u, v)),
                 Identity(of_rows, _cosine(f, g)),
             ),
-            Step(
-                "within",
-                "Within one block",
-                "Two positions share the right factor, so the alignment is that of the left factors.",
-                Identity(one, u_i * shared.T / squared_norm(shared)),
+            within=Step(
+                "**Within one block.** Two positions share the right factor, so the alignment is that of the left "
+                "factors.",
+                Identity(one, rank_one(u_i, shared)),
                 Identity(within, _cosine(u_i, u_j)),
             ),
         ),
@@ -90,14 +82,13 @@ def alignment() -> Derivation:
         result=(_cosine(u, v) * _cosine(f, g)).xreplace(pair.names),
         statement=Asked(cosine, of_columns * of_rows),
         arguments=pair.arguments,
-        shapes={**pair.shapes, "return": ""},
         names={
             **pair.names,
             cosine: _cosine(D, E),
             of_columns: _cosine(u, v),
             of_rows: _cosine(f, g),
-            one: u_i * shared.T / squared_norm(shared),
-            two: u_j * shared.T / squared_norm(shared),
+            one: rank_one(u_i, shared),
+            two: rank_one(u_j, shared),
             within: _cosine(one, two),
         },
         beyond=lambda candidate: (Identity(candidate, cosine),),
@@ -123,22 +114,18 @@ class TwoUpdates:
             self.rows.append(f)
         self.shapes = {name: "out in" if name.startswith("W") else "in" for name in self.arguments}
 
-    def assumptions(self) -> tuple[Step, ...]:
+    def assumptions(self) -> dict[str, Step]:
         """Return the two updates and that neither is zero."""
         (D, _), (u, _), (f, _) = self.updates, self.columns, self.rows
-        return (
-            Step(
-                "updates",
-                "Two weight updates",
-                "Blocks $\\ell$ and $k$ have their weight updates at one position (`position_weight_update`).",
-                Identity(D, u * f.T / squared_norm(f)),
+        return dict(
+            updates=Step(
+                "**Two weight updates.** Blocks $\\ell$ and $k$ have their weight updates at one position "
+                "(`position_weight_update`).",
+                Identity(D, rank_one(u, f)),
                 Identity(u, self.names[u]),
             ),
-            Step(
-                "nonzero",
-                "Nonzero updates",
-                "The cosine with zero is not defined.",
-                Nonzero(*self.columns, *self.rows),
+            nonzero=Step(
+                "**Nonzero updates.** The cosine with zero is not defined.", Nonzero(*self.columns, *self.rows)
             ),
         )
 

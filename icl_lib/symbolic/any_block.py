@@ -63,53 +63,39 @@ def any_block() -> Derivation:
     return Derivation(
         name="any_block",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "block",
-                "The block with the context",
-                f"The MLP reads a vector ${latex(z_C)}$, such as the stream ${latex(h_C)}$ or a norm of it, through "
-                "its inner maps alone. $V$ stands for each of them, any number. A router $R$ is one as well.",
+        assumptions=dict(
+            block=Step(
+                f"**The block with the context.** The MLP reads a vector ${latex(z_C)}$, such as the stream "
+                f"${latex(h_C)}$ or a norm of it, through its inner maps alone. $V$ stands for each of them, any "
+                "number. A router $R$ is one as well.",
                 Identity(prompted, names[prompted]),
             ),
-            Step(
-                "edited block",
-                "The block without it, inner maps edited",
-                f"Every inner map has its weight update (`weight_update`, with ${latex(z_0)}$ for ${latex(a_0)}$).",
+            edited_block=Step(
+                "**The block without it, inner maps edited.** Every inner map has its weight update (`weight_update`, "
+                f"with ${latex(z_0)}$ for ${latex(a_0)}$).",
                 Identity(edited, names[edited]),
                 *(Identity(edit, update) for edit, update in zip(edits, updates, strict=True)),
             ),
-            Step(
-                "effect",
-                "Same output",
-                f"The end of the block adds a vector ${latex(change)}$ to the stream.",
+            effect=Step(
+                f"**Same output.** The end of the block adds a vector ${latex(change)}$ to the stream.",
                 Asked(edited + change, prompted),
             ),
-            Step("nonzero", "Nonzero activation", "No edit of a map acts on zero.", Nonzero(z_0)),
+            nonzero=Step("**Nonzero activation.** No edit of a map acts on zero.", Nonzero(z_0)),
         ),
-        steps=(
-            Step(
-                "inner",
-                "The inner maps return the same",
-                "So do the gates of a mixture of experts, and the MLP returns the same, whatever function it is.",
+        steps=dict(
+            inner=Step(
+                "**The inner maps return the same.** So do the gates of a mixture of experts, and the MLP returns the "
+                "same, whatever function it is.",
                 *(Identity((one + edit) * z_0, one * z_C) for one, edit in zip(maps, edits, strict=True)),
             ),
-            Step(
-                "left over",
-                "What is left over",
-                "The MLP cancels.",
-                Identity(prompted - edited, gap),
-            ),
-            Step(
-                "solve",
-                "The change that must be added",
-                "It is the difference of the residual streams.",
+            left_over=Step("**What is left over.** The MLP cancels.", Identity(prompted - edited, gap)),
+            solve=Step(
+                "**The change that must be added.** It is the difference of the residual streams.",
                 Asked(change, rewritten(solved(change - gap, change), h_C - h_0)),
             ),
-            Step(
-                "parallel",
-                "Parallel blocks",
-                "Where the MLP reads the stream as it enters the block, it reads the same with and without the "
-                "context once the blocks below are patched. Then the inner edits are zero.",
+            parallel=Step(
+                "**Parallel blocks.** Where the MLP reads the stream as it enters the block, it reads the same with "
+                "and without the context once the blocks below are patched. Then the inner edits are zero.",
                 Identity(updates[0].xreplace({z_C: z_0}), sp.ZeroMatrix(OUT, IN)),
             ),
         ),
@@ -117,6 +103,5 @@ def any_block() -> Derivation:
         result=gap,
         statement=Asked(change, h_C - h_0),
         arguments={"h_without": h_0, "h_with": h_C},
-        shapes={"h_without": "dim", "h_with": "dim", "return": "dim"},
         names=names,
     )

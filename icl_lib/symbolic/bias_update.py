@@ -54,51 +54,40 @@ def bias_update() -> Derivation:
     return Derivation(
         name="bias_update",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "block",
-                "The block with its context",
-                f"The query ${latex(x)}$ and the output ${latex(a_C)}$ of the contextual layer skip the MLP. The "
-                "activation $\\sigma$ may be any function.",
+        assumptions=dict(
+            block=Step(
+                f"**The block with its context.** The query ${latex(x)}$ and the output ${latex(a_C)}$ of the "
+                "contextual layer skip the MLP. The activation $\\sigma$ may be any function.",
                 Identity(prompted, names[prompted]),
             ),
-            Step(
-                "edited block",
-                "The edited block without a part $Y$ of it",
-                f"The contextual layer outputs ${latex(a_0)}$. The first weights have their weight update "
-                f"(`weight_update`), which needs ${latex(a_0)} \\neq \\boldsymbol{{0}}$.",
+            edited_block=Step(
+                f"**The edited block without a part $Y$ of it.** The contextual layer outputs ${latex(a_0)}$. The "
+                f"first weights have their weight update (`weight_update`), which needs ${latex(a_0)} \\neq "
+                "\\boldsymbol{0}$.",
                 Identity(edited, names[edited]),
                 Identity(edit, least.result),
             ),
-            Step(
-                "effect",
-                "Same output",
-                "The edited block without the context computes the same output as the block with it.",
+            effect=Step(
+                "**Same output.** The edited block without the context computes the same output as the block with it.",
                 Asked(edited, prompted),
             ),
         ),
-        steps=(
-            Step(
-                "reads",
-                "The activation reads the same",
-                "So it returns the same, whatever function it is.",
+        steps=dict(
+            reads=Step(
+                "**The activation reads the same.** So it returns the same, whatever function it is.",
                 Identity((W + edit) * a_0 + hidden_bias, W * a_C + hidden_bias),
             ),
-            Step(
-                "left over",
-                "What is left over",
-                f"In the difference of the two outputs ${latex(x)}$, $b'$ and the whole MLP cancel.",
+            left_over=Step(
+                f"**What is left over.** In the difference of the two outputs ${latex(x)}$, $b'$ and the whole MLP "
+                "cancel.",
                 Identity(edited - prompted, gap),
             ),
-            Step(
-                "solve", "Bias update", "The difference vanishes for exactly one bias edit.", Asked(bias_edit, update)
-            ),
+            solve=Step("**Bias update.** The difference vanishes for exactly one bias edit.", Asked(bias_edit, update)),
         ),
         unknown=bias_edit,
         result=update,
         statement=Asked(bias_edit, a_C - a_0),
         arguments={"a_without": a_0, "a_with": a_C},
-        shapes={"a_without": "in", "a_with": "in", "return": "in"},
         names=names,
     )
 

@@ -22,7 +22,7 @@ from sympy.matrices.exceptions import ShapeError
 from icl_lib.symbolic.algebra import Rule, vanishes
 from icl_lib.symbolic.compiled import entry_by_entry, whole_matrices
 from icl_lib.symbolic.layout import rows, stacked
-from icl_lib.symbolic.notation import latex, squared_norm
+from icl_lib.symbolic.notation import dimensions, latex, squared_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,16 +118,14 @@ class Minimise:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One assumption or one step: how code finds it, its title, why it holds, and the formulas it shows."""
+    """One assumption or one step: what it says, in Markdown, behind a title in bold, and the formulas it shows."""
 
-    key: str
-    title: str
-    why: str
+    text: str
     shows: tuple[Any, ...]
 
-    def __init__(self, key: str, title: str, why: str, *formulas: Any, shows: tuple[Any, ...] = ()) -> None:
-        for name, value in (("key", key), ("title", title), ("why", why), ("shows", formulas or shows)):
-            object.__setattr__(self, name, value)
+    def __init__(self, text: str, *formulas: Any, shows: tuple[Any, ...] = ()) -> None:
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "shows", formulas or shows)
 
     @property
     def latex(self) -> str:
@@ -135,9 +133,9 @@ class Step:
         return stacked(row for shown in self.shows for row in shown.rows)
 
     def markdown(self, number: int | None = None) -> str:
-        """Return the step as a bold title, the sentence and the formulas."""
-        heading = self.title if number is None else f"{number}. {self.title}"
-        return f"**{heading}.** {self.why}\n\n$$\n{self.latex}\n$$\n"
+        """Return the step in Markdown, with a number in front of its title."""
+        text = self.text if number is None else self.text.replace("**", f"**{number}. ", 1)
+        return f"{text}\n\n$$\n{self.latex}\n$$\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,14 +146,15 @@ class Derivation:
         name: the name of the statement, which its file, its function in the library, its test and its label in the book
             bear as well.
         source: the paper, its version and the number that the statement has there.
-        assumptions: what the statement rests on.
-        steps: what follows from the assumptions, in order.
+        assumptions: what the statement rests on, each under a key, by which code finds it, whatever its text is.
+        steps: what follows from the assumptions, in order, under keys as well.
         unknown: the symbol that is derived.
         result: what came out for it, a SymPy expression in the symbols of the arguments.
-        statement: the result as the book displays it.
         arguments: the symbols in the result, by the name of the argument that gives their values. A tuple of symbols
             takes an array with one more dimension in front.
-        shapes: the dimensions of the array for each argument, and of the one that is returned, by name.
+        statement: the result as the book displays it; without one, the equation of the unknown and the result.
+        shapes: the dimensions of the array for each argument, and of the one that is returned, by name; without them,
+            those of the symbols and of the result.
         names: symbols that stand for an expression.
         solution: the other unknowns of the assumptions, with what was found for them.
         entries: the symbols of the entries of the unknown, where it is derived entry by entry.
@@ -163,29 +162,34 @@ class Derivation:
 
     >>> from icl_lib.symbolic import bias_update
     >>> derivation = bias_update()
-    >>> [step.key for step in derivation.steps]
-    ['reads', 'left over', 'solve']
+    >>> list(derivation.steps)
+    ['reads', 'left_over', 'solve']
     >>> derivation.check()
     True
     """
 
     name: str
     source: str
-    assumptions: tuple[Step, ...]
-    steps: tuple[Step, ...]
+    assumptions: Mapping[str, Step]
+    steps: Mapping[str, Step]
     unknown: Any
     result: Any
-    statement: Equation
     arguments: Mapping[str, Any]
-    shapes: Mapping[str, str]
+    statement: Equation | None = None
+    shapes: Mapping[str, str] | None = None
     names: Mapping[Any, Any] = field(default_factory=dict)
     solution: Mapping[Any, Any] = field(default_factory=dict)
     entries: sp.MatrixBase | None = None
     beyond: Callable[[Any], tuple[Equation, ...]] = lambda candidate: ()
 
+    def __post_init__(self) -> None:
+        shapes = {name: dimensions(symbols) for name, symbols in (*self.arguments.items(), ("return", self.result))}
+        object.__setattr__(self, "statement", self.statement or Asked(self.unknown, self.result))
+        object.__setattr__(self, "shapes", self.shapes or shapes)
+
     def step(self, key: str) -> Step:
         """Return the assumption or step with this key; raise `ValueError` if there is none."""
-        found = {step.key: step for step in (*self.assumptions, *self.steps)}
+        found = {**self.assumptions, **self.steps}
         if key not in found:
             raise ValueError(f"key is {key!r}, but {self.name} has no such step: choose from {', '.join(found)}.")
         return found[key]
@@ -199,7 +203,7 @@ class Derivation:
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The assumptions that proofs use, as rules."""
-        given = [shown for step in self.assumptions for shown in step.shows if isinstance(shown, Given)]
+        given = [shown for step in self.assumptions.values() for shown in step.shows if isinstance(shown, Given)]
         return tuple(Rule(*equation.parts) for equation in given)
 
     def meaning_of(self, expression: Any, values: Mapping[Any, Any]) -> Any:
@@ -213,8 +217,8 @@ class Derivation:
 
     def displayed(self) -> Iterator[tuple[str, Any]]:
         """Yield every formula that is displayed, with the key of its step."""
-        for step in (*self.assumptions, *self.steps):
-            yield from ((step.key, shown) for shown in step.shows)
+        for key, step in (*self.assumptions.items(), *self.steps.items()):
+            yield from ((key, shown) for shown in step.shows)
         yield "statement", self.statement
 
     def faults(self) -> list[str]:
@@ -267,9 +271,9 @@ class Derivation:
     def _repr_markdown_(self) -> str:
         """Return the derivation as Markdown, for a notebook or a page."""
         parts = [f"*{self.source}*\n", "**Assumptions**\n"]
-        parts += [assumption.markdown() for assumption in self.assumptions]
+        parts += [assumption.markdown() for assumption in self.assumptions.values()]
         parts += ["**Derivation**\n"]
-        parts += [step.markdown(number) for number, step in enumerate(self.steps, start=1)]
+        parts += [step.markdown(number) for number, step in enumerate(self.steps.values(), start=1)]
         parts += [f"**Result**\n\n$$\n{stacked(self.statement.rows)}\n$$\n"]
         return "\n".join(parts)
 

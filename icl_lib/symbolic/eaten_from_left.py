@@ -8,7 +8,7 @@ import sympy as sp
 
 from icl_lib.symbolic.algebra import expanded
 from icl_lib.symbolic.derivation import Asked, Derivation, Given, Nonzero, Step, rewritten
-from icl_lib.symbolic.notation import IN, latex, matrix, squared_norm, vector
+from icl_lib.symbolic.notation import IN, latex, matrix, rank_one, vector
 from icl_lib.symbolic.weight_update import weight_update
 
 SOURCE = "Dherin et al. 2025 (arXiv 2507.16003), version 1, appendix B; version 4, Proposition 2.6 and Corollary C.3"
@@ -44,68 +44,53 @@ def eaten_from_left() -> Derivation:
     P, P_now = matrix("P_{i-1}"), matrix("P_i")
     before, now = vector("r", index="i-1"), vector("r", index="i")
     theorem = least.result.xreplace({W: P, a_0: now, a_C: before})
-    edited = rewritten(expanded(P + theorem), P + P * (before - now) * now.T / squared_norm(now))
-    factor = sp.Identity(IN) + (before - now) * now.T / squared_norm(now)
-    kaczmarz = P - (P * now - W * a_C) * now.T / squared_norm(now)
+    edited = rewritten(expanded(P + theorem), P + rank_one(P * (before - now), now))
+    factor = sp.Identity(IN) + rank_one(before - now, now)
+    kaczmarz = P - rank_one(P * now - W * a_C, now)
 
     return Derivation(
         name="eaten_from_left",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "so far",
-                "So far",
-                f"The weights $P_{{i-1}}$ have taken up the first $i - 1$ tokens: they map ${latex(before)}$, which is "
-                f"read without these tokens, to what $W$ computes from ${latex(a_C)}$. At the start $P_0$ is $W$ and "
-                f"$\\boldsymbol{{r}}_0$ is ${latex(a_C)}$.",
+        assumptions=dict(
+            so_far=Step(
+                "**So far.** The weights $P_{i-1}$ have taken up the first $i - 1$ tokens: they map "
+                f"${latex(before)}$, which is read without these tokens, to what $W$ computes from ${latex(a_C)}$. At "
+                f"the start $P_0$ is $W$ and $\\boldsymbol{{r}}_0$ is ${latex(a_C)}$.",
                 Given(P * before, W * a_C),
             ),
-            Step(
-                "nonzero",
-                "Nonzero activation",
-                "The theorem is applied once for every token and needs this every time.",
+            nonzero=Step(
+                "**Nonzero activation.** The theorem is applied once for every token and needs this every time.",
                 Nonzero(now),
             ),
         ),
-        steps=(
-            Step(
-                "one more",
-                "Take one more token",
-                f"This is `weight_update` for the weights $P_{{i-1}}$, with ${latex(before)}$ for ${latex(a_C)}$ and "
-                f"${latex(now)}$ for ${latex(a_0)}$.",
+        steps=dict(
+            one_more=Step(
+                f"**Take one more token.** This is `weight_update` for the weights $P_{{i-1}}$, with ${latex(before)}$ "
+                f"for ${latex(a_C)}$ and ${latex(now)}$ for ${latex(a_0)}$.",
                 Asked(P_now, edited),
             ),
-            Step(
-                "same output",
-                "Same pre-activation",
-                "We multiply out. By induction this holds after every token.",
+            same_output=Step(
+                "**Same pre-activation.** We multiply out. By induction this holds after every token.",
                 Asked(P_now * now, P * before, W * a_C),
             ),
-            Step(
-                "one target",
-                "One target",
-                f"So the step is a full step of Kaczmarz's method: after it the weights map ${latex(now)}$ to "
-                f"${latex(W * a_C)}$. The target is the same for every token.",
+            one_target=Step(
+                "**One target.** So the step is a full step of Kaczmarz's method: after it the weights map "
+                f"${latex(now)}$ to ${latex(W * a_C)}$. The target is the same for every token.",
                 Asked(P_now, kaczmarz),
             ),
-            Step(
-                "product",
-                "A product",
-                "Every token multiplies the weights by such a factor from the right.",
+            product=Step(
+                "**A product.** Every token multiplies the weights by such a factor from the right.",
                 Asked(P_now, P * factor),
             ),
-            Step(
-                "rank",
-                "Rank",
-                f"The step is a column times the row ${latex(now.T)}$, which differs from token to token. So the "
-                "rank of $P_i - W$ grows by at most one a token. The edit that replaces the context at once has "
+            rank=Step(
+                f"**Rank.** The step is a column times the row ${latex(now.T)}$, which differs from token to token. So "
+                "the rank of $P_i - W$ grows by at most one a token. The edit that replaces the context at once has "
                 "rank one.",
-                Asked(P_now - P, P * (before - now) * now.T / squared_norm(now)),
+                Asked(P_now - P, rank_one(P * (before - now), now)),
             ),
         ),
         unknown=P_now,
         result=edited,
-        statement=Asked(P_now, P + P * (before - now) * now.T / squared_norm(now)),
+        statement=Asked(P_now, P + rank_one(P * (before - now), now)),
         arguments={"P": P, "r_before": before, "r_now": now},
-        shapes={"P": "out in", "r_before": "in", "r_now": "in", "return": "out in"},
     )

@@ -7,8 +7,9 @@ from functools import cache
 import sympy as sp
 
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Nonzero, Step, rewritten, total
-from icl_lib.symbolic.notation import IN, OUT, latex, matrix, number, squared_norm, vector
+from icl_lib.symbolic.notation import latex, matrix, number, squared_norm, vector
 from icl_lib.symbolic.output_update import output_update
+from icl_lib.symbolic.weight_update import is_least
 
 SOURCE = "Goldwaser et al. 2026 (arXiv 2511.17864), mixture of experts"
 EXPERTS = 3
@@ -59,33 +60,23 @@ def expert_updates() -> Derivation:
     return Derivation(
         name="expert_updates",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "gates",
-                "Gates",
-                "The router is patched, so the gates are those of the prompt. Their sum need not be one.",
+        assumptions=dict(
+            gates=Step(
+                "**Gates.** The router is patched, so the gates are those of the prompt. Their sum need not be one.",
                 Identity(all_gates, sum_of_gates),
             ),
-            Step(
-                "nonzero",
-                "Nonzero activations",
-                "Every active expert has something to act on.",
-                Nonzero(y),
-                Nonzero(all_gates),
+            nonzero=Step(
+                "**Nonzero activations.** Every active expert has something to act on.", Nonzero(y), Nonzero(all_gates)
             ),
         ),
-        steps=(
-            Step(
-                "share",
-                "An equal share for each",
-                f"Expert $e$ adds ${latex(change / all_gates)}$ by its `output_update`.",
+        steps=dict(
+            share=Step(
+                f"**An equal share for each.** Expert $e$ adds ${latex(change / all_gates)}$ by its `output_update`.",
                 Asked(edit, update),
                 Asked(edit * y, change / all_gates),
             ),
-            Step(
-                "sum",
-                "The gated sum",
-                "The shares, weighted with the gates, add up to the change.",
+            sum=Step(
+                "**The gated sum.** The shares, weighted with the gates, add up to the change.",
                 Identity(edited, before + change),
             ),
         ),
@@ -93,9 +84,6 @@ def expert_updates() -> Derivation:
         result=update,
         statement=Asked(edit, change * y.T / (all_gates * squared_norm(y))),
         arguments={"change": change, "hidden": y, "total": all_gates},
-        shapes={"change": "out", "hidden": "in", "total": "", "return": "out in"},
         names={sum_of_gates: gates_added, all_gates: gates_added, edited: edited_value, before: before_value},
-        beyond=lambda candidate: (
-            Identity(candidate * (sp.Identity(IN) - y * y.T / squared_norm(y)), sp.ZeroMatrix(OUT, IN)),
-        ),
+        beyond=lambda candidate: (is_least(candidate, y),),
     )

@@ -9,7 +9,7 @@ import sympy as sp
 from icl_lib.symbolic.algebra import Applied
 from icl_lib.symbolic.alignment import TwoUpdates
 from icl_lib.symbolic.derivation import Derivation, Given, Identity, Step
-from icl_lib.symbolic.notation import IN, OUT, dot, latex, matrix, number, squared_norm, vector
+from icl_lib.symbolic.notation import IN, OUT, dot, latex, matrix, number, rank_one, squared_norm, vector
 
 SOURCE = "This book; the alignment across blocks is that of Innocenti, Achour 2025 (arXiv 2512.11255), Figure A.2"
 
@@ -56,40 +56,34 @@ def hidden_permutation() -> Derivation:
     return Derivation(
         name="hidden_permutation",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "permutation",
-                "A permutation",
-                "$P$ renumbers the hidden units of block $\\ell$. Its transpose undoes that.",
+        assumptions=dict(
+            permutation=Step(
+                "**A permutation.** $P$ renumbers the hidden units of block $\\ell$. Its transpose undoes that.",
                 Given(P.T * P, sp.Identity(OUT)),
             ),
-            Step(
-                "entry by entry",
-                "The activation acts entry by entry",
-                "So it does not matter whether units are renumbered before or after it.",
+            entry_by_entry=Step(
+                "**The activation acts entry by entry.** So it does not matter whether units are renumbered before or "
+                "after it.",
                 Given(active(P * W * z + P * b), P * active(W * z + b)),
             ),
-            *pair.assumptions(),
+            **pair.assumptions(),
         ),
-        steps=(
-            Step(
-                "same function",
-                "Same function",
-                "Renumber the rows of the first map and its bias, and the columns of the last map: the MLP computes "
-                f"the same. So all streams are the same, and with them ${latex(read)}$ and ${latex(f)}$ in all blocks.",
+        steps=dict(
+            same_function=Step(
+                "**Same function.** Renumber the rows of the first map and its bias, and the columns of the last map: "
+                f"the MLP computes the same. So all streams are the same, and with them ${latex(read)}$ and "
+                f"${latex(f)}$ in all blocks.",
                 Identity(W_out * P.T * active(P * W * z + P * b), W_out * active(W * z + b)),
             ),
-            Step(
-                "own update",
-                "The block's own update",
-                "Its rows are renumbered. Inner products within the block, and so norms and alignments, stay the same.",
+            own_update=Step(
+                "**The block's own update.** Its rows are renumbered. Inner products within the block, and so norms "
+                "and alignments, stay the same.",
                 Identity(renumbered, own),
                 Identity(dot(P * D, P * second), dot(D, second)),
             ),
-            Step(
-                "other update",
-                "The inner product with another block",
-                "It changes by this amount, which is zero only if one of the two inner products is.",
+            other_update=Step(
+                "**The inner product with another block.** It changes by this amount, which is zero only if one of the "
+                "two inner products is.",
                 Identity(change, result),
             ),
         ),
@@ -97,10 +91,6 @@ def hidden_permutation() -> Derivation:
         result=result.xreplace(pair.names),
         statement=Identity(change, result),
         arguments={"P": P, **pair.arguments},
-        shapes={"P": "out out", **pair.shapes, "return": ""},
-        names={
-            **pair.names,
-            renumbered: (P * W) * (read - f) * f.T / squared_norm(f),
-        },
+        names={**pair.names, renumbered: rank_one((P * W) * (read - f), f)},
         beyond=lambda candidate: (Identity(candidate, change),),
     )

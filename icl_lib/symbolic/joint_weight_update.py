@@ -8,7 +8,7 @@ import sympy as sp
 
 from icl_lib.symbolic.algebra import gradient, solved
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Minimise, Nonzero, Step, rewritten
-from icl_lib.symbolic.notation import IN, OUT, dot, latex, matrix, number, squared_norm
+from icl_lib.symbolic.notation import IN, OUT, dot, latex, matrix, number, rank_one, squared_norm
 from icl_lib.symbolic.weight_update import weight_update
 
 SOURCE = "This book; one query: Dherin et al. 2025 (arXiv 2507.16003), version 4, Theorem 2.3"
@@ -61,74 +61,54 @@ def joint_weight_update() -> Derivation:
     return Derivation(
         name="joint_weight_update",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "effect",
-                "Same pre-activations",
-                "The columns are what the map reads, one for each token of the query, or for each of several queries. "
-                "For every column the edited map returns what the map returns with the context.",
+        assumptions=dict(
+            effect=Step(
+                "**Same pre-activations.** The columns are what the map reads, one for each token of the query, or for "
+                "each of several queries. For every column the edited map returns what the map returns with the "
+                "context.",
                 Asked((V + edit) * Z_0, V * Z_C),
             ),
-            Step("least norm", "Least norm", "We ask for the least such edit.", Minimise(squared_norm(edit) / 2)),
-            Step(
-                "independent",
-                "Independent reads",
-                f"The columns of ${latex(Z_0)}$ are linearly independent, so the matrix of their inner products has an "
-                "inverse.",
+            least_norm=Step("**Least norm.** We ask for the least such edit.", Minimise(squared_norm(edit) / 2)),
+            independent=Step(
+                f"**Independent reads.** The columns of ${latex(Z_0)}$ are linearly independent, so the matrix of "
+                "their inner products has an inverse.",
                 Nonzero(number(rf"\det({latex(gram)})")),
             ),
         ),
-        steps=(
-            Step(
-                "lagrangian",
-                "Lagrangian",
-                "There is one multiplier for each output and column.",
-                Identity(lagrangian, value(edit)),
+        steps=dict(
+            lagrangian=Step(
+                "**Lagrangian.** There is one multiplier for each output and column.", Identity(lagrangian, value(edit))
             ),
-            Step(
-                "stationarity",
-                "Stationarity",
-                "The gradient with respect to the edit is zero. So the rank is at most the number of columns.",
+            stationarity=Step(
+                "**Stationarity.** The gradient with respect to the edit is zero. So the rank is at most the number of "
+                "columns.",
                 Asked(edit, stationary),
             ),
-            Step(
-                "normal equations",
-                "Normal equations",
-                "The constraint determines the multipliers.",
+            normal_equations=Step(
+                "**Normal equations.** The constraint determines the multipliers.",
                 Asked(multipliers * gram, V * (Z_C - Z_0)),
                 Asked(multipliers, found),
             ),
-            Step(
-                "formula",
-                "Formula",
-                f"The last factors are the Moore–Penrose inverse of ${latex(Z_0)}$.",
+            formula=Step(
+                f"**Formula.** The last factors are the Moore–Penrose inverse of ${latex(Z_0)}$.",
                 Asked(edit, V * (Z_C - Z_0) * pseudo_inverse),
                 Identity(pseudo_inverse, sp.Inverse(gram) * Z_0.T),
                 Identity(pseudo_inverse * Z_0, sp.Identity(QUERIES)),
             ),
-            Step(
-                "second order",
-                "Minimum",
-                "A change $N$ raises the Lagrangian by half its squared norm, so every other edit that satisfies the "
-                "constraint is larger.",
+            second_order=Step(
+                "**Minimum.** A change $N$ raises the Lagrangian by half its squared norm, so every other edit that "
+                "satisfies the constraint is larger.",
                 Asked(nearby - lagrangian, squared_norm(change) / 2),
             ),
-            Step(
-                "one query",
-                "One column",
-                "With one column the formula is that of `weight_update`.",
-                Identity(one_query, W * (a_C - a_0) * a_0.T / squared_norm(a_0)),
+            one_query=Step(
+                "**One column.** With one column the formula is that of `weight_update`.",
+                Identity(one_query, rank_one(W * (a_C - a_0), a_0)),
             ),
         ),
         unknown=edit,
         result=update,
         statement=Asked(edit, V * (Z_C - Z_0) * pseudo_inverse),
         arguments={"V": V, "Z_without": Z_0, "Z_with": Z_C},
-        shapes={"V": "out in", "Z_without": "in queries", "Z_with": "in queries", "return": "out in"},
-        names={
-            pseudo_inverse: sp.Inverse(gram) * Z_0.T,
-            lagrangian: value(edit),
-            nearby: value(edit + change),
-        },
+        names={pseudo_inverse: sp.Inverse(gram) * Z_0.T, lagrangian: value(edit), nearby: value(edit + change)},
         solution={multipliers: found},
     )

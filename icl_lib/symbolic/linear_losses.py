@@ -8,7 +8,7 @@ import sympy as sp
 
 from icl_lib.symbolic.algebra import gradient, solved
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step, rewritten, total
-from icl_lib.symbolic.notation import dot, latex, matrix, number, squared_norm, vector
+from icl_lib.symbolic.notation import dot, latex, matrix, number, rank_one, squared_norm, vector
 from icl_lib.symbolic.weight_update import weight_update
 
 SOURCE = "Dherin et al. 2025 (arXiv 2507.16003), version 1, Proposition 3.1"
@@ -23,7 +23,6 @@ class Tokens:
         least = weight_update()
         self.W, self.a_0, self.a_C = least.arguments.values()
         self.formula = least.result
-        self.nonzero = least.step("nonzero")
         self.before, self.now = vector("a", index="i-1"), vector("a", index="i")
         self.W_before, self.W_now = matrix("W_{i-1}"), matrix("W_i")
         self.weights = {self.W_before: self.weights_for(self.before), self.W_now: self.weights_for(self.now)}
@@ -32,14 +31,23 @@ class Tokens:
         """Return the edited weights that belong to what is read."""
         return self.W + self.formula.xreplace({self.a_C: read})
 
-    def assumption(self) -> Step:
-        """Return what the weights are."""
+    def assumptions(self) -> dict[str, Step]:
+        """Return what the weights are, and what is not zero."""
+        return dict(
+            weights=Step(
+                "**Weights after some tokens.** With the first $i$ tokens as the context the layer reads "
+                f"${latex(self.now)}$. The edited weights $W_i$ have the update that belongs to it (`weight_update`).",
+                Identity(self.W_now, self.W + rank_one(self.W * (self.now - self.a_0), self.a_0)),
+            ),
+            nonzero=weight_update().step("nonzero"),
+        )
+
+    def before_the_step(self) -> Step:
+        """Return what the weights before the step return."""
         return Step(
-            "weights",
-            "Weights after some tokens",
-            f"With the first $i$ tokens as the context the layer reads ${latex(self.now)}$. The edited weights $W_i$ "
-            f"have the update that belongs to it (`weight_update`).",
-            Identity(self.W_now, self.W + self.W * (self.now - self.a_0) * self.a_0.T / squared_norm(self.a_0)),
+            f"**Before the step.** The weights $W_{{i-1}}$ map ${latex(self.a_0)}$ to what $W$ computes from "
+            f"${latex(self.before)}$.",
+            Identity(self.W_before * self.a_0, self.W * self.before),
         )
 
 
@@ -76,7 +84,7 @@ def linear_losses() -> Derivation:
     any_loss, loss, slope = number("L(U)"), number("L_i(U)"), matrix(r"\nabla L")
     t, lower = number("t"), number(r"L_i(U - t \Delta_i)")
 
-    step = rewritten(tokens.weights[W_now] - tokens.weights[W_before], W * (now - before) * a_0.T / squared_norm(a_0))
+    step = rewritten(tokens.weights[W_now] - tokens.weights[W_before], rank_one(W * (now - before), a_0))
     own_gradient = gradient(dot(G, U), U)
     coefficients = rewritten(solved(step + rate * own_gradient, G), -step / rate)
     found = rewritten(coefficients.xreplace({rate: 1 / squared_norm(a_0)}), W * (before - now) * a_0.T)
@@ -98,80 +106,62 @@ def linear_losses() -> Derivation:
     return Derivation(
         name="linear_losses",
         source=SOURCE,
-        assumptions=(tokens.assumption(), tokens.nonzero),
-        steps=(
-            Step(
-                "step",
-                "The step of token $i$",
-                f"We subtract. The right factor is ${latex(a_0)}$ for every token.",
+        assumptions=tokens.assumptions(),
+        steps=dict(
+            step=Step(
+                f"**The step of token $i$.** We subtract. The right factor is ${latex(a_0)}$ for every token.",
                 Identity(W_now - W_before, step),
             ),
-            Step(
-                "unknown loss",
-                "A linear loss with unknown coefficients",
-                "Its gradient is the matrix of its coefficients, wherever it is taken.",
+            unknown_loss=Step(
+                "**A linear loss with unknown coefficients.** Its gradient is the matrix of its coefficients, wherever "
+                "it is taken.",
                 Identity(any_loss, dot(G, U)),
                 Identity(slope, G),
             ),
-            Step(
-                "coefficients",
-                "Its coefficients",
-                "We ask that the step be a gradient step at some rate $\\eta$, and solve for the coefficients. Every "
-                "rate has its loss.",
+            coefficients=Step(
+                "**Its coefficients.** We ask that the step be a gradient step at some rate $\\eta$, and solve for the "
+                "coefficients. Every rate has its loss.",
                 Asked(W_now, W_before - rate * G),
                 Asked(G, coefficients),
             ),
-            Step(
-                "rate",
-                "A rate",
-                "With this rate the denominator cancels. This is the loss of the proposition, and $\\Delta_i$ is its "
-                "gradient.",
+            rate=Step(
+                "**A rate.** With this rate the denominator cancels. This is the loss of the proposition, and "
+                "$\\Delta_i$ is its gradient.",
                 Asked(rate, 1 / squared_norm(a_0)),
                 Asked(G, Delta),
                 Identity(Delta, found),
             ),
-            Step(
-                "descent",
-                "Gradient descent",
-                "So every token makes a step of gradient descent on a loss of its own.",
+            descent=Step(
+                "**Gradient descent.** So every token makes a step of gradient descent on a loss of its own.",
                 Identity(W_now, W_before - Delta / squared_norm(a_0)),
                 Identity(loss, dot(Delta, U)),
             ),
-            Step(
-                "any two matrices",
-                "Any two matrices",
-                "The loss was read off the step. The same equation can be solved for any two matrices, so any sequence "
-                "of matrices is gradient descent on such losses.",
+            any_two_matrices=Step(
+                "**Any two matrices.** The loss was read off the step. The same equation can be solved for any two "
+                "matrices, so any sequence of matrices is gradient descent on such losses.",
                 Identity(M_now, M_before - rate * any_slope),
                 Identity(any_slope, of_any),
             ),
-            Step(
-                "no minimum",
-                "No minimum",
-                "Unless its gradient is zero, the loss falls without bound along the negative gradient, as any linear "
-                "function does.",
+            no_minimum=Step(
+                "**No minimum.** Unless its gradient is zero, the loss falls without bound along the negative "
+                "gradient, as any linear function does.",
                 Identity(lower, loss - t * squared_norm(Delta)),
             ),
-            Step(
-                "induction",
-                "One token more",
-                "Without tokens the update is zero. The update of the first $i$ tokens is that of the first $i - 1$ "
-                "plus the step of token $i$.",
+            induction=Step(
+                "**One token more.** Without tokens the update is zero. The update of the first $i$ tokens is that of "
+                "the first $i - 1$ plus the step of token $i$.",
                 Identity(updates[0], sp.ZeroMatrix(*W.shape)),
                 Identity(updates[2], updates[1] + difference),
             ),
-            Step(
-                "sum",
-                "All tokens",
-                "By induction, the steps of all tokens add up to the update of the whole context.",
-                Identity(steps, W * (last - a_0) * a_0.T / squared_norm(a_0)),
+            sum=Step(
+                "**All tokens.** By induction, the steps of all tokens add up to the update of the whole context.",
+                Identity(steps, rank_one(W * (last - a_0), a_0)),
             ),
         ),
         unknown=matrix("W_i - W_{i-1}"),
         result=step,
         statement=Asked(matrix("W_i - W_{i-1}"), -Delta / squared_norm(a_0), step),
         arguments={"W": W, "a_without": a_0, "a_before": before, "a_now": now},
-        shapes={"W": "out in", "a_without": "in", "a_before": "in", "a_now": "in", "return": "out in"},
         names={
             **tokens.weights,
             any_loss: dot(G, U),

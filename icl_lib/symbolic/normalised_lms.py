@@ -3,6 +3,7 @@ r"""One token of softmax attention is one step of normalised LMS."""
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import sympy as sp
 
@@ -14,6 +15,7 @@ from icl_lib.symbolic.running_average import BEFORE, RATE, VALUE, running_averag
 
 SOURCE = "This book; normalised LMS: Nagumo and Noda 1967; test-time regression: Wang et al. 2025 (arXiv 2501.12352)"
 STEP_RATE = sp.Symbol(r"\eta", positive=True)
+OWN_LOSS, FOR_RATE = number(r"\ell_i(U)"), vector("t", OUT, "i", r"(\eta)")
 
 
 def average_of(before: sp.MatrixExpr, value: sp.MatrixExpr, rate: sp.Expr) -> sp.MatrixExpr:
@@ -23,9 +25,32 @@ def average_of(before: sp.MatrixExpr, value: sp.MatrixExpr, rate: sp.Expr) -> sp
     return recursion.result.xreplace(sized).xreplace({sized[BEFORE]: before, sized[VALUE]: value, RATE: rate})
 
 
-def loss_towards(target: sp.MatrixExpr, U: sp.MatrixExpr, a_0: sp.MatrixExpr) -> sp.Expr:
-    """Return half the squared distance between the output of weights U and a target."""
-    return squared_norm(U * a_0 - target) / 2
+class HeadStep:
+    """The part of a token's step that one head makes, and the quadratic loss of which it is a gradient step."""
+
+    def __init__(self, tokens: Tokens, before: Any, value: Any, rate: Any, target: Any) -> None:
+        W, a_0 = tokens.W, tokens.a_0
+        self.U, self.a_0 = matrix("U"), a_0
+        # The step and the gradient are columns times the same row: equate the columns, and solve for the target.
+        self.column = rate / squared_norm(a_0) * W * (value - before)
+        at_start = rewritten(expanded(tokens.weights[tokens.W_before] * a_0), W * tokens.before)
+        self.at_any_rate = rewritten(
+            solved(self.column + STEP_RATE * (at_start - target), target),
+            W * tokens.before + rate / (STEP_RATE * squared_norm(a_0)) * W * (value - before),
+        )
+        # The target is linear in what this head read before: what multiplies it must vanish.
+        other_heads = vector("a", index="i-1", upper=r"\neq h")
+        words = multiplied_out(self.at_any_rate.xreplace({tokens.before: other_heads + before})).items()
+        self.share = sp.Add(*(number for word, number in words if word[-1] == before))
+        [self.rate] = sp.solve(self.share, STEP_RATE)
+        self.target = rewritten(self.at_any_rate.xreplace({STEP_RATE: self.rate}), W * (tokens.before - before + value))
+        self.loss = self.loss_towards(target)
+        self.gradient = gradient(self.loss, self.U)
+        self.solution = {target: self.target, STEP_RATE: self.rate}
+
+    def loss_towards(self, target: Any) -> sp.Expr:
+        """Return half the squared distance between the output of weights U and a target."""
+        return squared_norm(self.U * self.a_0 - target) / 2
 
 
 @cache
@@ -54,125 +79,89 @@ def normalised_lms() -> Derivation:
     array([[0.75, 0.  ],
            [1.  , 1.  ]])
     """
-    tokens = Tokens()
-    W, a_0, before, now, value = tokens.W, tokens.a_0, tokens.before, tokens.now, vector("v", index="i")
-    W_before, W_now = tokens.W_before, tokens.W_now
-    U, target, own = matrix("U"), vector("t", OUT, "i"), number(r"\ell_i(U)")
-    slope, for_rate = matrix(r"\nabla\ell_i(U)"), vector("t", OUT, "i", r"(\eta)")
-    read = average_of(before, value, RATE)
-    norm = squared_norm(a_0)
-
-    step = rewritten(
-        (tokens.weights[W_now] - tokens.weights[W_before]).xreplace({now: read}),
-        RATE / norm * W * (value - before) * a_0.T,
-    )
-    # The step and the gradient are columns times the same row: equate the columns, and solve for the target.
-    at_start = rewritten(expanded(tokens.weights[W_before] * a_0), W * before)
-    column = RATE / norm * W * (value - before)
-    asked = rewritten(
-        solved(column + STEP_RATE * (at_start - target), target),
-        W * before + RATE / (STEP_RATE * norm) * W * (value - before),
-    )
-    # The target is linear in a_{i-1}: what multiplies W a_{i-1} must vanish.
-    share = share_of(asked, before)
-    [found_rate] = sp.solve(share, STEP_RATE)
-    found = rewritten(asked.xreplace({STEP_RATE: found_rate}), W * value)
-    result = W_before - RATE / norm * (W_before * a_0 - W * value) * a_0.T
+    tokens, value, target = Tokens(), vector("v", index="i"), vector("t", OUT, "i")
+    W, a_0, before, W_before, W_now = tokens.W, tokens.a_0, tokens.before, tokens.W_before, tokens.W_now
+    head = HeadStep(tokens, before, value, RATE, target)
+    told, names = _loss_and_rate(tokens, head, target)
+    read, now = average_of(before, value, RATE), tokens.now
+    step = (tokens.weights[W_now] - tokens.weights[W_before]).xreplace({now: read})
+    to_target = W_before * a_0 - W * value
+    result = W_before - RATE / squared_norm(a_0) * to_target * a_0.T
 
     return Derivation(
         name="normalised_lms",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "average",
-                "Softmax attention",
-                f"Token $i$ moves what is read towards its value ${latex(value)}$ by its attention weight $\\alpha_i$ "
-                "(`running_average`).",
+        assumptions=dict(
+            average=Step(
+                f"**Softmax attention.** Token $i$ moves what is read towards its value ${latex(value)}$ by its "
+                "attention weight $\\alpha_i$ (`running_average`).",
                 Identity(now, read),
             ),
-            tokens.assumption(),
-            tokens.nonzero,
+            **tokens.assumptions(),
         ),
-        steps=(
-            Step(
-                "before",
-                "Before the step",
-                f"The weights $W_{{i-1}}$ map ${latex(a_0)}$ to what $W$ computes from ${latex(before)}$.",
-                Identity(W_before * a_0, W * before),
+        steps=dict(
+            before=tokens.before_the_step(),
+            step=Step(
+                "**The step.** We put the average into both updates and subtract.",
+                Identity(W_now - W_before, rewritten(step, head.column * a_0.T)),
             ),
-            Step(
-                "step",
-                "The step",
-                "We put the average into both updates and subtract.",
-                Identity(W_now - W_before, step),
-            ),
-            Step(
-                "loss",
-                "A quadratic loss with an unknown target",
-                f"Its gradient is a column times ${latex(a_0.T)}$, like the step.",
-                Identity(own, loss_towards(target, U, a_0)),
-                Identity(slope, (U * a_0 - target) * a_0.T),
-            ),
-            Step(
-                "target for a rate",
-                "A target for every rate",
-                "We ask that the step be a gradient step at rate $\\eta$, and solve for the target.",
-                Identity(W_now, W_before - STEP_RATE * (W_before * a_0 - for_rate) * a_0.T),
-                Identity(for_rate, asked),
-            ),
-            Step(
-                "rate",
-                "The rate",
-                f"The target must not depend on ${latex(before)}$. So the coefficient of ${latex(W * before)}$ in it "
-                "must vanish, with $\\alpha_i$ held fixed. That determines the rate.",
-                Asked(share, sp.S.Zero),
-                Asked(STEP_RATE, found_rate),
-            ),
-            Step(
-                "target",
-                "The target",
-                f"With this rate the target is what $W$ computes from ${latex(value)}$, the value of token $i$ alone. "
-                "The rate is divided by the squared length of the input, which is what makes LMS normalised.",
-                Asked(target, for_rate, found),
-                Asked(own, squared_norm(U * a_0 - found) / 2),
+            **told,
+            target=Step(
+                f"**The target.** With this rate the target is what $W$ computes from ${latex(value)}$, the value of "
+                "token $i$ alone. The rate is divided by the squared length of the input, which is what makes LMS "
+                "normalised.",
+                Asked(target, FOR_RATE, head.target),
+                Asked(OWN_LOSS, head.loss_towards(head.target)),
                 Identity(W_now, result),
             ),
-            Step(
-                "own loss",
-                "Its own loss",
-                "The step multiplies the distance to the target by $1 - \\alpha_i$, and the loss by its square. With "
-                "$\\alpha_i = 1$ the distance would be zero: that is Kaczmarz's step.",
-                Identity(W_now * a_0 - W * value, (1 - RATE) * (W_before * a_0 - W * value)),
+            own_loss=Step(
+                "**Its own loss.** The step multiplies the distance to the target by $1 - \\alpha_i$, and the loss by "
+                "its square. With $\\alpha_i = 1$ the distance would be zero: that is Kaczmarz's step.",
+                Identity(W_now * a_0 - W * value, (1 - RATE) * to_target),
             ),
-            Step(
-                "size",
-                "Size of the step",
-                "Where attention is spread over many tokens, each weight is small, and so is each step.",
-                Identity(squared_norm(W_now - W_before), RATE**2 * squared_norm(W * (value - before)) / norm),
+            size=Step(
+                "**Size of the step.** Where attention is spread over many tokens, each weight is small, and so is "
+                "each step.",
+                Identity(
+                    squared_norm(W_now - W_before), RATE**2 * squared_norm(W * (value - before)) / squared_norm(a_0)
+                ),
             ),
         ),
         unknown=matrix("W'_i"),
         result=result,
         statement=Identity(W_now, result),
         arguments={"W": W, "W_before": W_before, "a_without": a_0, "v": value, "alpha": RATE},
-        shapes={"W": "out in", "W_before": "out in", "a_without": "in", "v": "in", "alpha": "", "return": "out in"},
-        names={
-            now: read,
-            **tokens.weights,
-            own: loss_towards(target, U, a_0),
-            slope: gradient(loss_towards(target, U, a_0), U),
-            for_rate: asked,
-        },
-        solution={target: found, STEP_RATE: found_rate},
+        names={now: read, **tokens.weights, **names},
+        solution=head.solution,
         beyond=lambda candidate: (
             Identity(candidate, W_now),
-            Identity(
-                candidate, W_before - found_rate * gradient(loss_towards(found, U, a_0), U).xreplace({U: W_before})
-            ),
+            Identity(candidate, W_before - head.rate * head.gradient.xreplace({target: head.target, head.U: W_before})),
         ),
     )
 
 
-def share_of(of: sp.MatrixExpr, read: sp.MatrixSymbol) -> sp.Expr:
-    """Return the number in front of W times what was read."""
-    return sp.Add(*(number for word, number in multiplied_out(of).items() if word[-1] == read))
+def _loss_and_rate(tokens: Tokens, head: HeadStep, target: Any) -> tuple[dict[str, Step], dict[Any, Any]]:
+    """Return the steps that find a loss and its rate, and the names in them."""
+    a_0, before, W_before = tokens.a_0, tokens.before, tokens.W_before
+    slope = matrix(r"\nabla\ell_i(U)")
+    steps = dict(
+        loss=Step(
+            f"**A quadratic loss with an unknown target.** Its gradient is a column times ${latex(a_0.T)}$, like the "
+            "step.",
+            Identity(OWN_LOSS, head.loss),
+            Identity(slope, (head.U * a_0 - target) * a_0.T),
+        ),
+        target_for_a_rate=Step(
+            "**A target for every rate.** We ask that the step be a gradient step at rate $\\eta$, and solve for the "
+            "target.",
+            Identity(tokens.W_now, W_before - STEP_RATE * (W_before * a_0 - FOR_RATE) * a_0.T),
+            Identity(FOR_RATE, head.at_any_rate),
+        ),
+        rate=Step(
+            f"**The rate.** The target must not depend on ${latex(before)}$. So the coefficient of "
+            f"${latex(tokens.W * before)}$ in it must vanish, with $\\alpha_i$ held fixed. That determines the rate.",
+            Asked(head.share, sp.S.Zero),
+            Asked(STEP_RATE, head.rate),
+        ),
+    )
+    return steps, {OWN_LOSS: head.loss, slope: head.gradient, FOR_RATE: head.at_any_rate}

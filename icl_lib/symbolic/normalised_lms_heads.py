@@ -3,16 +3,49 @@ r"""With several heads a token is a sum of steps of normalised LMS, one for each
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import sympy as sp
 
-from icl_lib.symbolic.algebra import expanded, gradient, solved
-from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step, rewritten, total
+from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step, total
 from icl_lib.symbolic.linear_losses import Tokens
-from icl_lib.symbolic.normalised_lms import STEP_RATE, average_of, loss_towards, share_of
-from icl_lib.symbolic.notation import OUT, checked_sizes, latex, matrix, number, squared_norm, vector
+from icl_lib.symbolic.normalised_lms import STEP_RATE, HeadStep, average_of
+from icl_lib.symbolic.notation import OUT, checked_sizes, latex, matrix, number, rank_one, squared_norm, vector
 
 SOURCE = "This book"
+
+
+class Heads:
+    """One head h, which stands for all, and the heads that are added up."""
+
+    def __init__(self, tokens: Tokens, count: int) -> None:
+        self.rate, self.value = sp.Symbol(r"\alpha_i^h", positive=True), vector("v", index="i", upper="h")
+        self.before, self.now = (vector("a", index=index, upper="h") for index in ("i-1", "i"))
+        self.part, self.target = matrix("S^{h}"), vector("t", OUT, "i", "h")
+        self.step = HeadStep(tokens, self.before, self.value, self.rate, self.target)
+        self.names = {
+            self.now: average_of(self.before, self.value, self.rate),
+            self.part: self.step.column * tokens.a_0.T,
+        }
+        gradient = self.step.gradient.xreplace({self.target: self.step.target, self.step.U: tokens.W_before})
+        self.slope = matrix(r"\nabla\ell_i^h(W_{i-1})")
+
+        numbers = range(1, count + 1)
+        self.rates = tuple(sp.Symbol(rf"\alpha_i^{k}", positive=True) for k in numbers)
+        self.befores = tuple(vector("a", index="i-1", upper=str(k)) for k in numbers)
+        self.values = tuple(vector("v", index="i", upper=str(k)) for k in numbers)
+        self.instances = []
+        for own in zip(self.rates, self.befores, self.values, strict=True):
+            of_head = dict(zip((self.rate, self.before, self.value), own, strict=True))
+            by_name = {
+                name: meaning.xreplace(of_head) for name, meaning in (*self.names.items(), (self.slope, gradient))
+            }
+            self.instances.append({**by_name, **of_head})
+
+    def sum(self, term: Any) -> Any:
+        """Return the symbol of a sum over heads, whose terms are added to the names."""
+        symbol, self.names[symbol] = total(r"\sum_h", term, tuple(self.instances))
+        return symbol
 
 
 @lru_cache(maxsize=None, typed=True)
@@ -49,155 +82,82 @@ def normalised_lms_heads(heads: int = 2) -> Derivation:
     """
     checked_sizes(heads=heads)
     tokens = Tokens()
-    W, a_0, before, now = tokens.W, tokens.a_0, tokens.before, tokens.now
-    W_before, W_now = tokens.W_before, tokens.W_now
-    U, norm = matrix("U"), squared_norm(a_0)
-
-    # One head h stands for all; the instances are the heads that are added up.
-    rate, head_before, value = (
-        sp.Symbol(r"\alpha_i^h", positive=True),
-        vector("a", index="i-1", upper="h"),
-        vector("v", index="i", upper="h"),
-    )
-    head_now, target, own = vector("a", index="i", upper="h"), vector("t", OUT, "i", "h"), number(r"\ell_i^h(U)")
-    head_step, slope = matrix("S^{h}"), matrix(r"\nabla\ell_i^h(W_{i-1})")
-    rates = tuple(sp.Symbol(rf"\alpha_i^{k}", positive=True) for k in range(1, heads + 1))
-    befores, values = (
-        tuple(vector(letter, index=index, upper=str(k)) for k in range(1, heads + 1))
-        for letter, index in (("a", "i-1"), ("v", "i"))
-    )
-
-    # The step is linear in the rates, and what one of them multiplies is the part of its head.
-    column = rate / norm * W * (value - head_before)
-    at_start = rewritten(expanded(tokens.weights[W_before] * a_0), W * before)
-    asked = rewritten(
-        solved(column + STEP_RATE * (at_start - target), target),
-        W * before + rate / (STEP_RATE * norm) * W * (value - head_before),
-    )
-    others = vector("a", index="i-1", upper=r"\neq h")  # what the other heads have read
-    share = share_of(asked.xreplace({before: others + head_before}), head_before)
-    [found_rate] = sp.solve(share, STEP_RATE)
-    found = rewritten(asked.xreplace({STEP_RATE: found_rate}), W * (before - head_before + value))
-    descent = gradient(loss_towards(target, U, a_0), U).xreplace({U: W_before})
-
-    by_head = {
-        head_now: average_of(head_before, value, rate),
-        head_step: column * a_0.T,
-        target: found,
-        slope: descent.xreplace({target: found}),
-    }
-    instances = tuple(
-        {
-            **{name: meaning.xreplace(of_head) for name, meaning in by_head.items()},
-            **of_head,
-        }
-        for of_head in ({rate: r, head_before: b, value: v} for r, b, v in zip(rates, befores, values, strict=True))
-    )
-    sum_before, added_before = total(r"\sum_h", head_before, instances)
-    sum_now, added_now = total(r"\sum_h", head_now, instances)
-    sum_of_parts, added_parts = total(r"\sum_h", head_step, instances)
-    sum_of_steps, added_steps = total(r"\sum_h", rate / norm * slope, instances)
-
-    common, sum_of_values = number(r"\alpha_i"), vector("v", index="i")
-    at_one_rate = added_parts.xreplace(dict.fromkeys(rates, common))
+    W, a_0, before, now, W_before = tokens.W, tokens.a_0, tokens.before, tokens.now, tokens.W_before
+    head = Heads(tokens, heads)
+    sum_before, sum_now, sum_of_parts = head.sum(head.before), head.sum(head.now), head.sum(head.part)
+    sum_of_steps = head.sum(head.rate / squared_norm(a_0) * head.slope)
+    equal, at_one_rate = _equal_rates(tokens, head, head.names[sum_of_parts])
+    own_loss = number(r"\ell_i^h(U)")
+    names = {now: head.names[sum_now], before: head.names[sum_before], own_loss: head.step.loss, **at_one_rate}
 
     return Derivation(
         name="normalised_lms_heads",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "heads",
-                "Several heads",
-                "The layer outputs the sum over heads. Each head has attention weights and values of its own "
-                "(`running_average`).",
+        assumptions=dict(
+            heads=Step(
+                "**Several heads.** The layer outputs the sum over heads. Each head has attention weights and values "
+                "of its own (`running_average`).",
                 Identity(now, sum_now),
                 Identity(before, sum_before),
-                Identity(head_now, average_of(head_before, value, rate)),
+                Identity(head.now, head.names[head.now]),
             ),
-            tokens.assumption(),
-            tokens.nonzero,
+            **tokens.assumptions(),
         ),
-        steps=(
-            Step(
-                "before",
-                "Before the step",
-                f"The weights $W_{{i-1}}$ map ${latex(a_0)}$ to what $W$ computes from ${latex(before)}$.",
-                Identity(W_before * a_0, W * before),
+        steps=dict(
+            before=tokens.before_the_step(),
+            parts=Step(
+                "**A part for each head.** We put the averages into both updates and subtract.",
+                Identity(tokens.W_now - W_before, sum_of_parts),
+                Identity(head.part, head.names[head.part]),
             ),
-            Step(
-                "parts",
-                "A part for each head",
-                "We put the averages into both updates and subtract.",
-                Identity(W_now - W_before, sum_of_parts),
-                Identity(head_step, column * a_0.T),
+            target_for_a_rate=Step(
+                "**A target for every rate.** We ask that the part of head $h$ be a gradient step at some rate "
+                "$\\eta$, and solve for the target.",
+                Identity(own_loss, head.step.loss),
+                Asked(head.target, head.step.at_any_rate),
             ),
-            Step(
-                "target for a rate",
-                "A target for every rate",
-                "We ask that the part of head $h$ be a gradient step at some rate $\\eta$, and solve for the target.",
-                Identity(own, loss_towards(target, U, a_0)),
-                Asked(target, asked),
+            rate=Step(
+                f"**The rate.** The target must not depend on ${latex(head.before)}$, what this head read before. So "
+                "its coefficient must vanish, with the attention weight held fixed.",
+                Asked(head.step.share, sp.S.Zero),
+                Asked(STEP_RATE, head.step.rate),
             ),
-            Step(
-                "rate",
-                "The rate",
-                f"The target must not depend on ${latex(head_before)}$, what this head read before. So its coefficient "
-                "must vanish, with the attention weight held fixed.",
-                Asked(share, sp.S.Zero),
-                Asked(STEP_RATE, found_rate),
+            target=Step(
+                f"**The target.** In ${latex(before)}$ the output of this head is replaced by the value of token $i$. "
+                "The other heads keep what they have read.",
+                Asked(head.target, head.step.target),
             ),
-            Step(
-                "target",
-                "The target",
-                f"In ${latex(before)}$ the output of this head is replaced by the value of token $i$. The other heads "
-                "keep what they have read.",
-                Asked(target, W * (before - head_before + value)),
+            together=Step(
+                "**All heads at once.** Every gradient is taken at $W_{i-1}$, and the steps are added.",
+                Identity(tokens.W_now, W_before - sum_of_steps),
             ),
-            Step(
-                "together",
-                "All heads at once",
-                "Every gradient is taken at $W_{i-1}$, and the steps are added.",
-                Identity(W_now, W_before - sum_of_steps),
-            ),
-            Step(
-                "equal rates",
-                "Equal rates",
-                "If all heads give the token the same weight, they make one step towards "
-                f"${latex(W * sum_of_values)}$, where ${latex(sum_of_values)}$ is the sum of their values. Otherwise "
-                "each head has its own rate.",
-                Identity(
-                    at_one_rate_name := matrix(r"(W_i - W_{i-1})\big|_{\alpha_i^h = \alpha_i}"),
-                    -common / norm * (W_before * a_0 - W * sum_of_values) * a_0.T,
-                ),
-            ),
+            equal_rates=equal,
         ),
         unknown=matrix("W'_i"),
-        result=(W_before - added_steps).xreplace({before: added_before}),
-        statement=Identity(W_now, W_before - sum_of_steps),
-        arguments={"W": W, "W_before": W_before, "a_without": a_0, "a_before": befores, "v": values, "alpha": rates},
-        shapes={
-            "W": "out in",
-            "W_before": "out in",
-            "a_without": "in",
-            "a_before": "heads in",
-            "v": "heads in",
-            "alpha": "heads",
-            "return": "out in",
+        result=(W_before - head.names[sum_of_steps]).xreplace({before: names[before]}),
+        statement=Identity(tokens.W_now, W_before - sum_of_steps),
+        arguments={
+            "W": W,
+            "W_before": W_before,
+            "a_without": a_0,
+            "a_before": head.befores,
+            "v": head.values,
+            "alpha": head.rates,
         },
-        names={
-            now: added_now,
-            before: added_before,
-            head_now: by_head[head_now],
-            head_step: by_head[head_step],
-            **tokens.weights,
-            own: loss_towards(target, U, a_0),
-            sum_now: added_now,
-            sum_before: added_before,
-            sum_of_parts: added_parts,
-            sum_of_steps: added_steps,
-            at_one_rate_name: at_one_rate,
-            sum_of_values: sp.MatAdd(*values),
-        },
-        solution={target: found, STEP_RATE: found_rate},
-        beyond=lambda candidate: (Identity(candidate, W_now),),
+        names={**tokens.weights, **head.names, **names},
+        solution=head.step.solution,
+        beyond=lambda candidate: (Identity(candidate, tokens.W_now),),
     )
+
+
+def _equal_rates(tokens: Tokens, head: Heads, parts: Any) -> tuple[Step, dict[Any, Any]]:
+    """Return what the heads do together if all give the token the same weight, and the names in it."""
+    rate, values = number(r"\alpha_i"), vector("v", index="i")
+    at_one_rate = matrix(r"(W_i - W_{i-1})\big|_{\alpha_i^h = \alpha_i}")
+    step = Step(
+        "**Equal rates.** If all heads give the token the same weight, they make one step towards "
+        f"${latex(tokens.W * values)}$, where ${latex(values)}$ is the sum of their values. Otherwise each head has "
+        "its own rate.",
+        Identity(at_one_rate, -rate * rank_one(tokens.W_before * tokens.a_0 - tokens.W * values, tokens.a_0)),
+    )
+    return step, {at_one_rate: parts.xreplace(dict.fromkeys(head.rates, rate)), values: sp.MatAdd(*head.values)}

@@ -8,8 +8,11 @@ from typing import Any
 import sympy as sp
 from sympy.printing.latex import LatexPrinter
 
-OUT, IN, WIDTH = sp.symbols("m n d", integer=True, positive=True)
+OUT, IN, WIDTH, HEAD, QUERIES = sp.symbols("m n d h q", integer=True, positive=True)
 """The sizes of $W$ and of what it reads and outputs are symbols: a proof with them holds for every size."""
+
+SIZES = {OUT: "out", IN: "in", WIDTH: "dim", HEAD: "head", QUERIES: "queries"}
+"""What the dimensions of arrays are called."""
 
 LAST = ("b", "b'", r"\Delta b'", r"\Delta b'_i", r"\Delta h", r"\Delta\boldsymbol{\gamma}", "N")
 """What is written at the end of a sum: biases, and an edit that is added to others."""
@@ -36,6 +39,32 @@ def vector(letter: str, size: Any = IN, index: str = "", upper: str = "") -> sp.
 def number(name: str) -> sp.Symbol:
     """Return the symbol of a real number."""
     return sp.Symbol(name, real=True)
+
+
+def dimensions(of: Any) -> str:
+    """Return the dimensions of the array for a matrix, a column or a number; a tuple of these is one array of them.
+
+    >>> dimensions(matrix("W")), dimensions(vector("a")), dimensions((vector("a", index="1"), vector("a", index="2")))
+    ('out in', 'in', '2 in')
+    """
+    if isinstance(of, tuple):
+        return f"{len(of)} {dimensions(of[0])}".rstrip()
+    sizes = of.shape if getattr(of, "is_Matrix", False) else ()
+    return " ".join(SIZES.get(size, str(size)) for size in (sizes[:1] if sizes[1:] == (1,) else sizes))
+
+
+def rank_one(column: Any, row: Any) -> Any:
+    r"""Return $u f^\top / \|f\|^2$: as an edit it adds $u$ to what a map returns for $f$.
+
+    >>> print(latex(rank_one(vector("u", OUT), vector("f"))))
+    \frac{\boldsymbol{u} \boldsymbol{f}^{\top}}{\|\boldsymbol{f}\|^2}
+    """
+    return column * row.T / squared_norm(row)
+
+
+def perpendicular_to(read: Any) -> Any:
+    r"""Return $I - f f^\top / \|f\|^2$, which takes from a vector its part along $f$."""
+    return sp.Identity(read.shape[0]) - rank_one(read, read)
 
 
 def squared_norm(of: Any) -> sp.Expr:

@@ -45,39 +45,31 @@ def position_bias_update() -> Derivation:
     return Derivation(
         name="position_bias_update",
         source=SOURCE,
-        assumptions=(
-            *block.assumptions(),
-            Step(
-                "weight update",
-                "Weight update",
-                "The first map has the weight update of this position (`position_weight_update`).",
+        assumptions=dict(
+            **block.assumptions(),
+            weight_update=Step(
+                "**Weight update.** The first map has the weight update of this position (`position_weight_update`).",
                 Identity(edit, weights.result),
             ),
         ),
-        steps=(
-            Step(
-                "reads",
-                "The activation reads the same",
-                "So it returns the same, whatever function it is.",
+        steps=dict(
+            reads=Step(
+                "**The activation reads the same.** So it returns the same, whatever function it is.",
                 Identity((W + edit) * f + block.b, W * g + block.b),
             ),
-            Step(
-                "left over",
-                "What is left over",
-                "In the difference of the outputs $b'$ and the whole MLP cancel.",
+            left_over=Step(
+                "**What is left over.** In the difference of the outputs $b'$ and the whole MLP cancel.",
                 Identity(block.edited - block.prompted, remaining),
             ),
-            Step(
-                "solve",
-                "Bias update of a position",
-                "The difference vanishes for exactly one bias edit. It contains the change of the attention output "
-                "and, at an earlier position, the difference of the two tokens' streams.",
+            solve=Step(
+                "**Bias update of a position.** The difference vanishes for exactly one bias edit. It contains the "
+                "change of the attention output and, at an earlier position, the difference of the two tokens' "
+                "streams.",
                 Asked(bias_edit, in_streams, update),
             ),
-            Step(
-                "last position",
-                "At the query",
-                f"There ${latex(block.c)}$ is ${latex(block.x)}$, and the formula is that of `bias_update`.",
+            last_position=Step(
+                f"**At the query.** There ${latex(block.c)}$ is ${latex(block.x)}$, and the formula is that of "
+                "`bias_update`.",
                 Identity(update.xreplace({block.c: block.x}), at_the_query),
             ),
         ),
@@ -85,6 +77,5 @@ def position_bias_update() -> Derivation:
         result=update,
         statement=Asked(bias_edit, in_streams),
         arguments={"x": block.x, "A_0": block.A_0, "c_i": block.c, "A_i": block.A},
-        shapes={"x": "in", "A_0": "in", "c_i": "in", "A_i": "in", "return": "in"},
         names=names,
     )

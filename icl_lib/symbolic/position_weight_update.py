@@ -8,8 +8,8 @@ import sympy as sp
 
 from icl_lib.symbolic.algebra import Applied, after
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Minimise, Nonzero, Step, rewritten
-from icl_lib.symbolic.notation import IN, OUT, latex, matrix, squared_norm, vector
-from icl_lib.symbolic.weight_update import weight_update
+from icl_lib.symbolic.notation import IN, OUT, latex, matrix, rank_one, squared_norm, vector
+from icl_lib.symbolic.weight_update import is_least, weight_update
 
 SOURCE = "Innocenti, Achour 2025 (arXiv 2512.11255), version 1, Theorem 1"
 ACTIVATION, NORM = r"\sigma", r"\operatorname{LN}'"
@@ -50,38 +50,31 @@ class ResidualBlock:
         """Return the hidden activation: any function of what the first map returns."""
         return Applied(ACTIVATION, (OUT, 1), weight * read + self.b)
 
-    def assumptions(self) -> tuple[Step, ...]:
+    def assumptions(self) -> dict[str, Step]:
         """Return the block with the context, the edited block without it, and what is asked of the edits."""
-        return (
-            Step(
-                "block",
-                "The block at position $i$, with the context",
-                f"The residual stream of token $i$ is ${latex(self.c)}$, attention adds ${latex(self.A)}$ to it, and "
-                f"the MLP reads ${latex(self.g)}$. The norm and the activation $\\sigma$ may be any functions.",
+        return dict(
+            block=Step(
+                "**The block at position $i$, with the context.** The residual stream of token $i$ is "
+                f"${latex(self.c)}$, attention adds ${latex(self.A)}$ to it, and the MLP reads ${latex(self.g)}$. The "
+                "norm and the activation $\\sigma$ may be any functions.",
                 Identity(self.h, self.names[self.h]),
                 Identity(self.g, self.names[self.g]),
                 Identity(self.prompted, self.names[self.prompted]),
             ),
-            Step(
-                "edited block",
-                "The edited block, fed the query alone",
-                f"The stream is the query's, ${latex(self.x)}$. Without the context attention adds "
-                f"${latex(self.A_0)}$, and the MLP reads ${latex(self.f)}$.",
+            edited_block=Step(
+                f"**The edited block, fed the query alone.** The stream is the query's, ${latex(self.x)}$. Without the "
+                f"context attention adds ${latex(self.A_0)}$, and the MLP reads ${latex(self.f)}$.",
                 Identity(self.h_0, self.names[self.h_0]),
                 Identity(self.f, self.names[self.f]),
                 Identity(self.edited, self.names[self.edited]),
             ),
-            Step(
-                "effect",
-                "Same output",
-                "The edited block, fed the query alone, computes what the block computes at position $i$ with the "
-                "context. This is asked for every $\\sigma$ and $W'$.",
+            effect=Step(
+                "**Same output.** The edited block, fed the query alone, computes what the block computes at position "
+                "$i$ with the context. This is asked for every $\\sigma$ and $W'$.",
                 Asked(self.edited, self.prompted),
             ),
-            Step(
-                "nonzero",
-                "Nonzero activation",
-                f"If ${latex(self.f)}$ were zero, every edit would map it to zero.",
+            nonzero=Step(
+                f"**Nonzero activation.** If ${latex(self.f)}$ were zero, every edit would map it to zero.",
                 Nonzero(self.f),
             ),
         )
@@ -124,60 +117,43 @@ def position_weight_update() -> Derivation:
     return Derivation(
         name="position_weight_update",
         source=SOURCE,
-        assumptions=(
-            *block.assumptions(),
-            Step(
-                "least norm",
-                "Least norm",
-                "Many edits do this. We ask for the one that changes the weights least.",
+        assumptions=dict(
+            **block.assumptions(),
+            least_norm=Step(
+                "**Least norm.** Many edits do this. We ask for the one that changes the weights least.",
                 Minimise(squared_norm(edit) / 2),
             ),
         ),
-        steps=(
-            Step(
-                "gap",
-                "The difference of the outputs",
-                "$b'$ cancels. The rest is affine in $W'$.",
+        steps=dict(
+            gap=Step(
+                "**The difference of the outputs.** $b'$ cancels. The rest is affine in $W'$.",
                 Identity(
                     block.edited - block.prompted,
                     block.h_0 - block.h + block.bias_edit + block.W_out * now - block.W_out * then,
                 ),
             ),
-            Step(
-                "any outer weights",
-                "For every $W'$",
-                "The edits do not depend on $W'$, and the difference must vanish for every $W'$. So what $W'$ "
-                "multiplies must vanish.",
+            any_outer_weights=Step(
+                "**For every $W'$.** The edits do not depend on $W'$, and the difference must vanish for every $W'$. "
+                "So what $W'$ multiplies must vanish.",
                 Asked(now, then),
             ),
-            Step(
-                "any activation",
-                "For every $\\sigma$",
-                "The identity is one of them, so its arguments must be equal, and $b$ cancels. Then every $\\sigma$ "
-                f"returns equal values. This is the constraint of `weight_update`, with ${latex(f)}$ for "
-                f"${latex(a_0)}$ and "
-                f"${latex(g)}$ for ${latex(a_C)}$.",
+            any_activation=Step(
+                "**For every $\\sigma$.** The identity is one of them, so its arguments must be equal, and $b$ "
+                "cancels. Then every $\\sigma$ returns equal values. This is the constraint of `weight_update`, with "
+                f"${latex(f)}$ for ${latex(a_0)}$ and ${latex(g)}$ for ${latex(a_C)}$.",
                 Asked((W + edit) * f, W * g),
             ),
-            Step(
-                "formula",
-                "Weight update of a position",
-                "The edit of least norm is the one derived there. The row is the same for all positions.",
+            formula=Step(
+                "**Weight update of a position.** The edit of least norm is the one derived there. The row is the same "
+                "for all positions.",
                 Asked(edit, update),
             ),
         ),
         unknown=edit,
         result=update,
-        statement=Asked(edit, W * (g - f) * f.T / squared_norm(f)),
+        statement=Asked(edit, rank_one(W * (g - f), f)),
         arguments={"W": W, "f": f, "g_i": g},
-        shapes={"W": "out in", "f": "in", "g_i": "in", "return": "out in"},
         names=block.names,
         solution={block.bias_edit: block.h - block.h_0},
-        beyond=lambda candidate: _is_least(candidate, f),
+        beyond=lambda candidate: (is_least(candidate, f),),
     )
-
-
-def _is_least(candidate: sp.MatrixExpr, f: sp.MatrixExpr) -> tuple[Identity, ...]:
-    """Every row of an edit of least norm is a multiple of f: the edit vanishes on what is perpendicular to f."""
-    perpendicular = sp.Identity(IN) - f * f.T / squared_norm(f)
-    return (Identity(candidate * perpendicular, sp.ZeroMatrix(OUT, IN)),)

@@ -68,51 +68,41 @@ def running_average() -> Derivation:
         name="running_average",
         source="This book; the online normaliser of softmax: Milakov and Gimelshein 2018 (arXiv 1805.02867); the same "
         "rescaling of values: Dao et al. 2022 (arXiv 2205.14135)",
-        assumptions=(
-            Step(
-                "sums",
-                "Two sums",
-                f"$Z_i$ adds up $e^{{s_j}}$ and ${latex(weighted_now)}$ adds up $e^{{s_j}} \\boldsymbol{{v}}_j$ over "
-                "the query, which counts as token 0, and the first $i$ tokens. A new token adds one term to each and "
-                "changes no other.",
+        assumptions=dict(
+            sums=Step(
+                f"**Two sums.** $Z_i$ adds up $e^{{s_j}}$ and ${latex(weighted_now)}$ adds up $e^{{s_j}} "
+                "\\boldsymbol{v}_j$ over the query, which counts as token 0, and the first $i$ tokens. A new token "
+                "adds one term to each and changes no other.",
                 Identity(total_now, names[total_now]),
                 Identity(weighted_now, names[weighted_now]),
             ),
-            Step(
-                "average",
-                "Softmax attention",
-                "The output of the head is the average of the values with the attention weights.",
+            average=Step(
+                "**Softmax attention.** The output of the head is the average of the values with the attention "
+                "weights.",
                 Identity(NOW, names[NOW]),
                 Identity(RATE, names[RATE]),
             ),
-            Step("nonzero", "Something to average", "There is at least the query.", Nonzero(total)),
+            nonzero=Step("**Something to average.** There is at least the query.", Nonzero(total)),
         ),
-        steps=(
-            Step(
-                "others",
-                "The others lose",
-                "The attention weight of every other token is multiplied by $1 - \\alpha_i$.",
+        steps=dict(
+            others=Step(
+                "**The others lose.** The attention weight of every other token is multiplied by $1 - \\alpha_i$.",
                 Identity(other, (1 - RATE) * other_before),
             ),
-            Step(
-                "recursion",
-                "Recursion",
-                "So the old average is multiplied by it as well, and the new value is added with its own weight.",
+            recursion=Step(
+                "**Recursion.** So the old average is multiplied by it as well, and the new value is added with its "
+                "own weight.",
                 Identity(NOW, (1 - RATE) * BEFORE + RATE * VALUE),
                 Identity(NOW, result),
             ),
-            Step(
-                "equal scores",
-                "Equal scores",
-                "If all scores are equal, the rate is that of a plain mean of $i + 1$ values. Then $Z_{i-1}$ is "
-                "$i\\, e^s$.",
+            equal_scores=Step(
+                "**Equal scores.** If all scores are equal, the rate is that of a plain mean of $i + 1$ values. Then "
+                "$Z_{i-1}$ is $i\\, e^s$.",
                 Identity(equal_scores, 1 / (count + 1)),
             ),
-            Step(
-                "plain mean",
-                "Linear attention and mean pooling",
-                "A mean of $s_j \\boldsymbol{v}_j$ has this rate whatever the scores are. The scores set the target, "
-                "not the fraction of the way to it.",
+            plain_mean=Step(
+                "**Linear attention and mean pooling.** A mean of $s_j \\boldsymbol{v}_j$ has this rate whatever the "
+                "scores are. The scores set the target, not the fraction of the way to it.",
                 Identity(plain_now, plain + (score * VALUE - plain) / (count + 1)),
             ),
         ),
@@ -120,7 +110,6 @@ def running_average() -> Derivation:
         result=result,
         statement=Identity(NOW, result),
         arguments={"alpha": RATE, "a_before": BEFORE, "v": VALUE},
-        shapes={"alpha": "", "a_before": "dim", "v": "dim", "return": "dim"},
         names={**names, **mean_names},
         beyond=lambda candidate: (Identity(candidate, NOW),),
     )

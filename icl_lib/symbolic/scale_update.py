@@ -46,32 +46,24 @@ def scale_update() -> Derivation:
     return Derivation(
         name="scale_update",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "effect",
-                "Added change",
-                f"The norm scales ${latex(normed)}$ by ${latex(scale)}$, entry by entry. With the edit its output "
-                f"grows by ${latex(change)}$.",
+        assumptions=dict(
+            effect=Step(
+                f"**Added change.** The norm scales ${latex(normed)}$ by ${latex(scale)}$, entry by entry. With the "
+                f"edit its output grows by ${latex(change)}$.",
                 Asked(diagonal * (scale + edit), diagonal * scale + change),
             ),
-            Step(
-                "nonzero",
-                "No entry is zero",
-                "The scale cannot change an entry that is zero.",
+            nonzero=Step(
+                "**No entry is zero.** The scale cannot change an entry that is zero.",
                 Nonzero(sp.Symbol(r"\bar{o}_j", real=True)),
             ),
         ),
-        steps=(
-            Step(
-                "contribution",
-                "What the edit contributes",
-                "The unedited output cancels.",
-                Asked(diagonal * edit, contribution),
+        steps=dict(
+            contribution=Step(
+                "**What the edit contributes.** The unedited output cancels.", Asked(diagonal * edit, contribution)
             ),
-            Step(
-                "inverse",
-                "Division entry by entry",
-                "A diagonal matrix without zeros has an inverse, so there is one solution only.",
+            inverse=Step(
+                "**Division entry by entry.** A diagonal matrix without zeros has an inverse, so there is one solution "
+                "only.",
                 Asked(edit, update),
             ),
         ),
@@ -79,5 +71,4 @@ def scale_update() -> Derivation:
         result=update,
         statement=Asked(edit, sp.Inverse(diagonal) * change),
         arguments={"change": change, "normed": normed},
-        shapes={"change": "dim", "normed": "dim", "return": "dim"},
     )

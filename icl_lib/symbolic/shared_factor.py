@@ -7,7 +7,7 @@ from functools import cache
 import sympy as sp
 
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step, total
-from icl_lib.symbolic.notation import OUT, latex, squared_norm, vector
+from icl_lib.symbolic.notation import OUT, latex, rank_one, squared_norm, vector
 from icl_lib.symbolic.position_weight_update import SOURCE, position_weight_update
 
 POSITIONS = 3
@@ -51,42 +51,33 @@ def shared_factor() -> Derivation:
     return Derivation(
         name="shared_factor",
         source=f"{SOURCE}; the rank of the sum is seen in their experiments",
-        assumptions=(
-            Step(
-                "position update",
-                "Weight update of a position",
-                "At every position the block has its weight update (`position_weight_update`).",
+        assumptions=dict(
+            position_update=Step(
+                "**Weight update of a position.** At every position the block has its weight update "
+                "(`position_weight_update`).",
                 Identity(update, single.result),
             ),
-            single.step("nonzero"),
+            nonzero=single.step("nonzero"),
         ),
-        steps=(
-            Step(
-                "shared factor",
-                "Shared factor",
-                f"Only the column ${latex(u_i)}$ depends on the position. The row does not.",
-                Identity(update, u_i * f.T / squared_norm(f)),
+        steps=dict(
+            shared_factor=Step(
+                f"**Shared factor.** Only the column ${latex(u_i)}$ depends on the position. The row does not.",
+                Identity(update, rank_one(u_i, f)),
                 Identity(u_i, W * (g_i - f)),
             ),
-            Step(
-                "induction",
-                "Adding one more",
-                f"Two columns times the row ${latex(f.T)}$ add up to one column times this row. So the sum has rank at "
-                "most one for any number of positions.",
+            induction=Step(
+                f"**Adding one more.** Two columns times the row ${latex(f.T)}$ add up to one column times this row. "
+                "So the sum has rank at most one for any number of positions.",
                 Identity(left * f.T + one_more * f.T, (left + one_more) * f.T),
             ),
-            Step(
-                "sum",
-                "Sum",
-                "All tokens are in the left factor.",
-                Identity(sum_of_updates, sum_of_columns * f.T / squared_norm(f)),
+            sum=Step(
+                "**Sum.** All tokens are in the left factor.", Identity(sum_of_updates, rank_one(sum_of_columns, f))
             ),
         ),
         unknown=sum_of_updates,
         result=result,
-        statement=Asked(sum_of_updates, sum_of_columns * f.T / squared_norm(f)),
+        statement=Asked(sum_of_updates, rank_one(sum_of_columns, f)),
         arguments={"W": W, "f": f, "g": g},
-        shapes={"W": "out in", "f": "in", "g": "3 in", "return": "out in"},
         names={update: single.result, u_i: W * (g_i - f), sum_of_updates: added, sum_of_columns: columns},
         beyond=lambda candidate: (Identity(candidate, added),),
     )

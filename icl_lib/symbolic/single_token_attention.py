@@ -55,39 +55,26 @@ def single_token_attention() -> Derivation:
     return Derivation(
         name="single_token_attention",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "softmax",
-                "Softmax",
-                "The attention weights of $n$ tokens are the exponentials of their scores, divided by their sum. The "
-                "scores may be any numbers.",
+        assumptions=dict(
+            softmax=Step(
+                "**Softmax.** The attention weights of $n$ tokens are the exponentials of their scores, divided by "
+                "their sum. The scores may be any numbers.",
                 Identity(share, weight),
             ),
-            Step(
-                "attention",
-                "Attention",
-                "The tokens are the columns of $Z$, the weights the entries of $\\boldsymbol{\\alpha}$. Each token "
-                "contributes its value, mapped to the output, in proportion to its weight.",
+            attention=Step(
+                "**Attention.** The tokens are the columns of $Z$, the weights the entries of $\\boldsymbol{\\alpha}$. "
+                "Each token contributes its value, mapped to the output, in proportion to its weight.",
                 Identity(output, of_many),
             ),
         ),
-        steps=(
-            Step(
-                "sum to one",
-                "The weights sum to one",
-                "For every number $n$ of tokens, attention is an average.",
+        steps=dict(
+            sum_to_one=Step(
+                "**The weights sum to one.** For every number $n$ of tokens, attention is an average.",
                 Identity(all_shares, sp.S.One),
             ),
-            Step(
-                "one token",
-                "One token",
-                "With $n = 1$ the score cancels, whatever it is.",
-                Identity(first, sp.S.One),
-            ),
-            Step(
-                "itself",
-                "Attention to itself",
-                "The only token is the query. Neither its query vector nor its key enters.",
+            one_token=Step("**One token.** With $n = 1$ the score cancels, whatever it is.", Identity(first, sp.S.One)),
+            itself=Step(
+                "**Attention to itself.** The only token is the query. Neither its query vector nor its key enters.",
                 Asked(answer, first * W_O * W_V * x, result),
             ),
         ),
@@ -95,7 +82,6 @@ def single_token_attention() -> Derivation:
         result=result,
         statement=Asked(answer, W_O * W_V * x),
         arguments={"W_O": W_O, "W_V": W_V, "x": x},
-        shapes={"W_O": "dim head", "W_V": "head dim", "x": "dim", "return": "dim"},
         names={share: weight, all_shares: added, first: only_weight, output: of_many},
         beyond=lambda candidate: (Identity(_entries(candidate), _by_definition(W_O, W_V, x)),),
     )

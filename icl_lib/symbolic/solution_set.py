@@ -8,7 +8,7 @@ import sympy as sp
 
 from icl_lib.symbolic.algebra import expanded
 from icl_lib.symbolic.derivation import Asked, Derivation, Given, Identity, Step, rewritten
-from icl_lib.symbolic.notation import IN, OUT, latex, matrix, squared_norm
+from icl_lib.symbolic.notation import IN, OUT, latex, matrix, perpendicular_to
 from icl_lib.symbolic.weight_update import weight_update
 
 SOURCE = "Dherin et al. 2025 (arXiv 2507.16003), version 4, Theorem 2.3, gives the least; all solutions: this book"
@@ -39,7 +39,7 @@ def solution_set() -> Derivation:
     least = weight_update()
     W, a_0, a_C = least.arguments.values()
     edit, M, N, X, other = least.unknown, matrix("M"), matrix("N"), matrix("X"), matrix("X'")
-    projector = sp.Identity(IN) - a_0 * a_0.T / squared_norm(a_0)
+    projector = perpendicular_to(a_0)
 
     # With a_C = 0, the weight update of M is the least edit with which M maps a_0 to zero.
     to_zero = M + least.result.xreplace({W: M, a_C: sp.ZeroMatrix(IN, 1)})
@@ -50,48 +50,35 @@ def solution_set() -> Derivation:
     return Derivation(
         name="solution_set",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "effect",
-                "Same pre-activation",
-                "We look for every edit $X$ that reproduces the pre-activation, large or small.",
+        assumptions=dict(
+            effect=Step(
+                "**Same pre-activation.** We look for every edit $X$ that reproduces the pre-activation, large or "
+                "small.",
                 Asked((W + X) * a_0, W * a_C),
             ),
-            least.step("nonzero"),
-            Step(
-                "another",
-                "Any solution",
-                f"Let ${latex(other)}$ be any edit that reproduces the pre-activation. Nothing else is assumed of it.",
+            nonzero=least.step("nonzero"),
+            another=Step(
+                f"**Any solution.** Let ${latex(other)}$ be any edit that reproduces the pre-activation. Nothing else "
+                "is assumed of it.",
                 any_other,
             ),
         ),
-        steps=(
-            Step(
-                "one solution",
-                "One solution",
-                "The weight update, derived before, is one of them.",
-                Identity(edit, least.result),
+        steps=dict(
+            one_solution=Step(
+                "**One solution.** The weight update, derived before, is one of them.", Identity(edit, least.result)
             ),
-            Step(
-                "no effect",
-                "Edits without effect",
-                f"Take any matrix $M$. The smallest edit after which $M$ maps ${latex(a_0)}$ to zero is again a weight "
-                f"update, with $M$ in place of $W$ and zero in place of ${latex(a_C)}$. Added to $M$ it gives $N$.",
+            no_effect=Step(
+                f"**Edits without effect.** Take any matrix $M$. The smallest edit after which $M$ maps ${latex(a_0)}$ "
+                f"to zero is again a weight update, with $M$ in place of $W$ and zero in place of ${latex(a_C)}$. "
+                "Added to $M$ it gives $N$.",
                 Identity(N, rest),
                 Identity(N * a_0, sp.ZeroMatrix(OUT, 1)),
             ),
-            Step(
-                "each is one",
-                "Each sum is a solution",
-                "We multiply out.",
-                Identity((W + edit + N) * a_0, W * a_C),
-            ),
-            Step(
-                "none is missing",
-                "None is missing",
-                f"Both edits reproduce the pre-activation, so ${latex(other - edit)}$ maps ${latex(a_0)}$ to zero. "
-                f"Hence with $M = {latex(other - edit)}$ the formula returns ${latex(other)}$: every solution "
-                "has this form.",
+            each_is_one=Step("**Each sum is a solution.** We multiply out.", Identity((W + edit + N) * a_0, W * a_C)),
+            none_is_missing=Step(
+                f"**None is missing.** Both edits reproduce the pre-activation, so ${latex(other - edit)}$ maps "
+                f"${latex(a_0)}$ to zero. Hence with $M = {latex(other - edit)}$ the formula returns ${latex(other)}$: "
+                "every solution has this form.",
                 Identity(edit + (other - edit) * projector, other),
             ),
         ),
@@ -99,7 +86,6 @@ def solution_set() -> Derivation:
         result=every,
         statement=Asked(X, edit + M * projector),
         arguments={**least.arguments, "M": M},
-        shapes={**least.shapes, "M": "out in"},
         names={edit: least.result, N: rest},
         beyond=lambda candidate: (Identity(candidate.xreplace({M: other - edit}), other),),
     )

@@ -53,63 +53,46 @@ def turning_update() -> Derivation:
     return Derivation(
         name="turning_update",
         source="This book",
-        assumptions=(
-            Step(
-                "norm",
-                "The norm",
-                f"It divides ${latex(read)}$ by a number $\\rho$ that depends only on the length of ${latex(read)}$, "
-                "then scales entry by entry.",
+        assumptions=dict(
+            norm=Step(
+                f"**The norm.** It divides ${latex(read)}$ by a number $\\rho$ that depends only on the length of "
+                f"${latex(read)}$, then scales entry by entry.",
                 Identity(normed, read / divisor),
             ),
-            Step(
-                "effect",
-                "Given output",
-                f"With ${latex(new)}$ in the place of ${latex(read)}$, and its scale stretched by a factor $\\kappa$, "
-                f"the norm outputs ${latex(wanted)}$.",
+            effect=Step(
+                f"**Given output.** With ${latex(new)}$ in the place of ${latex(read)}$, and its scale stretched by a "
+                f"factor $\\kappa$, the norm outputs ${latex(wanted)}$.",
                 Asked(diagonal * new, divisor / stretch * wanted),
             ),
-            Step(
-                "length",
-                "Same length",
-                f"Then $\\rho$ is the same for ${latex(new)}$.",
+            length=Step(
+                f"**Same length.** Then $\\rho$ is the same for ${latex(new)}$.",
                 Asked(squared_norm(new), squared_norm(read)),
             ),
-            Step(
-                "nonzero",
-                "Nonzero vectors",
-                f"No entry of ${latex(scale)}$ is zero.",
+            nonzero=Step(
+                f"**Nonzero vectors.** No entry of ${latex(scale)}$ is zero.",
                 Nonzero(wanted, read),
                 Nonzero(sp.Symbol(r"\gamma_j", real=True)),
             ),
         ),
-        steps=(
-            Step(
-                "direction",
-                "Direction",
-                f"We write ${latex(unscaled)}$ for ${latex(wanted)}$ divided by ${latex(scale)}$ entry by entry.",
+        steps=dict(
+            direction=Step(
+                f"**Direction.** We write ${latex(unscaled)}$ for ${latex(wanted)}$ divided by ${latex(scale)}$ entry "
+                "by entry.",
                 Identity(unscaled, names[unscaled]),
                 Asked(new, divisor / stretch * unscaled),
             ),
-            Step(
-                "stretch",
-                "Stretch factor",
-                "The lengths determine it, since it is positive.",
+            stretch=Step(
+                "**Stretch factor.** The lengths determine it, since it is positive.",
                 Asked(stretch**2, squared_norm(unscaled) / squared_norm(normed)),
                 Asked(stretch, found),
                 Identity(new_scale, stretch * scale),
             ),
-            Step(
-                "formula",
-                "What the norm reads",
-                "It has the old length and the new direction.",
-                Asked(new, turned),
-            ),
+            formula=Step("**What the norm reads.** It has the old length and the new direction.", Asked(new, turned)),
         ),
         unknown=new,
         result=turned.xreplace(names),
         statement=Asked(new, turned),
         arguments={"wanted": wanted, "read": read, "scale": scale},
-        shapes={"wanted": "dim", "read": "dim", "scale": "dim", "return": "dim"},
         names=names,
         solution={stretch: found},
     )

@@ -36,48 +36,39 @@ def uniqueness() -> Derivation:
     least, solutions = weight_update(), solution_set()
     W, a_0, a_C, _ = solutions.arguments.values()
     edit, N = least.unknown, matrix("N")
-    multipliers = next(iter(least.solution))
-    outer_product = least.step("outer product").shows[0].parts[1]
-    rest = solutions.step("no effect").shows[0].parts[1]
+    [(multipliers, found)] = least.solution.items()
+    outer_product, rest = multipliers * a_0.T, solutions.names[N]
     together = number(rf"\|{latex(edit + N)}\|_F^2")
 
     return Derivation(
         name="uniqueness",
         source=SOURCE,
-        assumptions=(
-            Step(
-                "another",
-                "Another solution",
-                "Every other solution is $\\Delta W + N$, where $N$ is not zero and satisfies this (`solution_set`).",
+        assumptions=dict(
+            another=Step(
+                "**Another solution.** Every other solution is $\\Delta W + N$, where $N$ is not zero and satisfies "
+                "this (`solution_set`).",
                 Given(N * a_0, sp.ZeroMatrix(OUT, 1)),
             ),
-            least.step("nonzero"),
+            nonzero=least.step("nonzero"),
         ),
-        steps=(
-            Step(
-                "column times row",
-                "A column times a row",
-                "The weight update has this form (`weight_update`).",
+        steps=dict(
+            column_times_row=Step(
+                "**A column times a row.** The weight update has this form (`weight_update`).",
                 Identity(edit, outer_product),
                 Identity(multipliers, W * (a_C - a_0) / squared_norm(a_0)),
             ),
-            Step(
-                "expansion",
-                "Expansion",
-                "The squared norm of a sum has a cross term.",
+            expansion=Step(
+                "**Expansion.** The squared norm of a sum has a cross term.",
                 Identity(together, squared_norm(edit) + 2 * dot(edit, N) + squared_norm(N)),
             ),
-            Step(
-                "cross term",
-                "Cross term",
-                f"A trace is unchanged by cyclic permutation of its factors, so the factor ${latex(N * a_0)}$ appears, "
-                "which is zero.",
+            cross_term=Step(
+                "**Cross term.** A trace is unchanged by cyclic permutation of its factors, so the factor "
+                f"${latex(N * a_0)}$ appears, which is zero.",
                 Identity(dot(edit, N), dot(multipliers, N * a_0), sp.S.Zero),
             ),
-            Step(
-                "smaller",
-                "Every other solution is larger",
-                "The squared norm of $N$ is a sum of squares. It is positive unless $N$ is zero.",
+            smaller=Step(
+                "**Every other solution is larger.** The squared norm of $N$ is a sum of squares. It is positive "
+                "unless $N$ is zero.",
                 Identity(together - squared_norm(edit), squared_norm(N)),
             ),
         ),
@@ -85,12 +76,7 @@ def uniqueness() -> Derivation:
         result=squared_norm(least.result) + squared_norm(rest),
         statement=Asked(together, squared_norm(edit) + squared_norm(N)),
         arguments=solutions.arguments,
-        shapes={**solutions.shapes, "return": ""},
-        names={
-            edit: outer_product,
-            multipliers: least.solution[multipliers],
-            together: squared_norm(edit + N),
-        },
+        names={edit: outer_product, multipliers: found, together: squared_norm(edit + N)},
         solution={N: rest},
         beyond=lambda candidate: (Identity(candidate, squared_norm(solutions.result)),),
     )

@@ -2,7 +2,8 @@ r"""The weight update: the edit of least norm that gives the layer the pre-activ
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
+from typing import Any
 
 import sympy as sp
 
@@ -18,12 +19,13 @@ from icl_lib.symbolic.notation import (
     latex,
     matrix,
     number,
+    perpendicular_to,
+    rank_one,
     squared_norm,
     vector,
 )
 
 SOURCE = "Dherin et al. 2025 (arXiv 2507.16003), version 1, Theorem 2.2; least norm: version 4, Theorem 2.3"
-SHAPES = {"W": "out in", "a_without": "in", "a_with": "in", "return": "out in"}
 
 
 @lru_cache(maxsize=None, typed=True)
@@ -58,150 +60,161 @@ def weight_update(out_features: int | None = None, in_features: int | None = Non
     return _entry_by_entry(out_features, in_features)
 
 
-class Problem:
-    """The symbols of the problem, what is asked, and what is to be minimised."""
+class LeastEdit:
+    """The least edit with which a map returns what is wanted for what it reads: a constraint, and its Lagrangian."""
+
+    def __init__(self, weight: Any, edit: Any, reads: Any, wanted: Any, multipliers: Any) -> None:
+        self.weight, self.edit, self.reads, self.wanted, self.multipliers = weight, edit, reads, wanted, multipliers
+
+    def effect(self, edit: Any) -> Any:
+        """Return what the constraint asks to be zero."""
+        return (self.weight + edit) * self.reads - self.wanted
+
+    def lagrangian(self, edit: Any) -> sp.Expr:
+        """Return half the squared norm of an edit, less the multipliers times what the constraint asks to be zero."""
+        return squared_norm(edit) / 2 - dot(self.multipliers, self.effect(edit))
+
+    @cached_property
+    def outer_product(self) -> Any:
+        """The edit at which the gradient of the Lagrangian is zero."""
+        stationary = solved(gradient(self.lagrangian(self.edit), self.edit), self.edit)
+        return rewritten(stationary, self.multipliers * self.reads.T)
+
+    def solved_for(self, added: Any) -> tuple[Any, Any]:
+        """Solve the constraint for the multipliers; return them, and the edit, which adds `added` to the output."""
+        found = solved(expanded(self.effect(self.outer_product)), self.multipliers)
+        found = rewritten(found, added / squared_norm(self.reads))
+        return found, rewritten(self.outer_product.xreplace({self.multipliers: found}), rank_one(added, self.reads))
+
+
+class Problem(LeastEdit):
+    """The problem of the weight update: its symbols, and what both derivations tell about it."""
 
     def __init__(self, out_features: object = OUT, in_features: object = IN) -> None:
-        self.W, self.edit = matrix("W", out_features, in_features), matrix(r"\Delta W", out_features, in_features)
-        self.a_0, self.a_C = vector("a", in_features, "0"), vector("a", in_features, "C")
-        self.multipliers = vector(r"\lambda", out_features)
+        self.W, self.a_0, self.a_C = (
+            matrix("W", out_features, in_features),
+            vector("a", in_features, "0"),
+            vector("a", in_features, "C"),
+        )
+        edit, multipliers = matrix(r"\Delta W", out_features, in_features), vector(r"\lambda", out_features)
+        super().__init__(self.W, edit, self.a_0, self.W * self.a_C, multipliers)
+        self.added = self.W * (self.a_C - self.a_0)
         self.lagrangian_name = number(r"\mathcal{L}(\Delta W)")
-        self.lagrangian = squared_norm(self.edit) / 2 - dot(self.multipliers, self.effect(self.edit))
 
-    def effect(self, edit: sp.MatrixExpr) -> sp.MatrixExpr:
-        """Return what the constraint asks to be zero."""
-        return (self.W + edit) * self.a_0 - self.W * self.a_C
-
-    def update(self) -> sp.MatrixExpr:
-        """Return the formula, to be compared with what is derived."""
-        return self.W * (self.a_C - self.a_0) * self.a_0.T / squared_norm(self.a_0)
-
-    def assumptions(self) -> tuple[Step, ...]:
+    def assumptions(self) -> dict[str, Step]:
         """Return what both derivations assume."""
-        return (
-            Step(
-                "effect",
-                "Same pre-activation",
-                f"The edited layer, given ${latex(self.a_0)}$ (read without the context), returns what the original "
-                f"layer returns for ${latex(self.a_C)}$ (read with the context).",
+        return dict(
+            effect=Step(
+                f"**Same pre-activation.** The edited layer, given ${latex(self.a_0)}$ (read without the context), "
+                f"returns what the original layer returns for ${latex(self.a_C)}$ (read with the context).",
                 Asked((self.W + self.edit) * self.a_0, self.W * self.a_C),
             ),
-            Step(
-                "least norm",
-                "Least norm",
-                "Many edits do this. We ask for the one that changes the weights least.",
+            least_norm=Step(
+                "**Least norm.** Many edits do this. We ask for the one that changes the weights least.",
                 Minimise(squared_norm(self.edit) / 2),
             ),
-            Step(
-                "nonzero",
-                "Nonzero activation",
-                f"If ${latex(self.a_0)}$ were zero, every edit would map it to zero.",
+            nonzero=Step(
+                f"**Nonzero activation.** If ${latex(self.a_0)}$ were zero, every edit would map it to zero.",
                 Nonzero(self.a_0),
             ),
+        )
+
+    def formula(self) -> Step:
+        """Return the last step of both derivations."""
+        return Step(
+            f"**Formula.** The multipliers go into ${latex(self.multipliers * self.a_0.T)}$.",
+            Asked(self.edit, rank_one(self.added, self.a_0)),
         )
 
 
 @cache
 def _of_any_size() -> Derivation:
     problem = Problem()
-    W, edit, a_0, a_C, multipliers = problem.W, problem.edit, problem.a_0, problem.a_C, problem.multipliers
-    change, slope = matrix("N"), matrix(r"\nabla\mathcal{L}(\Delta W)")
-    nearby = number(r"\mathcal{L}(\Delta W + N)")
-
-    stationary = solved(gradient(problem.lagrangian, edit), edit)
-    outer_product = rewritten(stationary, multipliers * a_0.T)
-    remaining = expanded(problem.effect(outer_product))
-    found = rewritten(solved(remaining, multipliers), W * (a_C - a_0) / squared_norm(a_0))
-    update = rewritten(outer_product.xreplace({multipliers: found}), problem.update())
+    edit, a_0, multipliers = problem.edit, problem.a_0, problem.multipliers
+    slope, lagrangian, lagrangian_name = (
+        matrix(r"\nabla\mathcal{L}(\Delta W)"),
+        problem.lagrangian(edit),
+        problem.lagrangian_name,
+    )
+    change, nearby = matrix("N"), number(r"\mathcal{L}(\Delta W + N)")
+    found, update = problem.solved_for(problem.added)
 
     return Derivation(
         name="weight_update",
         source=SOURCE,
         assumptions=problem.assumptions(),
-        steps=(
-            Step(
-                "lagrangian",
-                "Lagrangian",
-                f"The multipliers of the constraint form a column, ${latex(multipliers)}$.",
-                Identity(problem.lagrangian_name, problem.lagrangian),
+        steps=dict(
+            lagrangian=Step(
+                f"**Lagrangian.** The multipliers of the constraint form a column, ${latex(multipliers)}$.",
+                Identity(lagrangian_name, lagrangian),
             ),
-            Step(
-                "stationarity",
-                "Stationarity",
-                "At a minimum the gradient with respect to $\\Delta W$ is zero.",
+            stationarity=Step(
+                "**Stationarity.** At a minimum the gradient with respect to $\\Delta W$ is zero.",
                 Identity(slope, edit - multipliers * a_0.T),
                 Asked(slope, sp.ZeroMatrix(OUT, IN)),
             ),
-            Step(
-                "outer product",
-                "Outer product",
-                "So the edit is a column times a row. **Its rank is at most one**, although no such form was assumed.",
-                Asked(edit, outer_product),
+            outer_product=Step(
+                "**Outer product.** So the edit is a column times a row. **Its rank is at most one**, although no such "
+                "form was assumed.",
+                Asked(edit, problem.outer_product),
             ),
-            Step(
-                "constraint",
-                "What remains of the constraint",
-                "We put this edit into the constraint.",
-                Asked(squared_norm(a_0) * multipliers, W * (a_C - a_0)),
+            constraint=Step(
+                "**What remains of the constraint.** We put this edit into the constraint.",
+                Asked(squared_norm(a_0) * multipliers, problem.added),
             ),
-            Step(
-                "multipliers",
-                "Multipliers",
-                f"Here we divide by ${latex(squared_norm(a_0))}$, which is not zero because ${latex(a_0)}$ is not.",
+            multipliers=Step(
+                f"**Multipliers.** Here we divide by ${latex(squared_norm(a_0))}$, which is not zero because "
+                f"${latex(a_0)}$ is not.",
                 Asked(multipliers, found),
             ),
-            Step(
-                "formula",
-                "Formula",
-                f"The multipliers go into ${latex(outer_product)}$.",
-                Asked(edit, update),
-            ),
-            Step(
-                "second order",
-                "Minimum",
-                "The Lagrangian is quadratic in the edit. At the stationary point, with these multipliers, its "
-                "gradient is zero, so adding any $N$ raises it by half the squared norm of $N$. Where the constraint "
-                "holds, the Lagrangian is half the squared norm of the edit. So every other edit that satisfies the "
-                "constraint is larger.",
-                Identity(nearby, problem.lagrangian_name + dot(slope, change) + squared_norm(change) / 2),
-                Asked(nearby - problem.lagrangian_name, squared_norm(change) / 2),
+            formula=problem.formula(),
+            second_order=Step(
+                "**Minimum.** The Lagrangian is quadratic in the edit. At the stationary point, with these "
+                "multipliers, its gradient is zero, so adding any $N$ raises it by half the squared norm of $N$. Where "
+                "the constraint holds, the Lagrangian is half the squared norm of the edit. So every other edit that "
+                "satisfies the constraint is larger.",
+                Identity(nearby, lagrangian_name + dot(slope, change) + squared_norm(change) / 2),
+                Asked(nearby - lagrangian_name, squared_norm(change) / 2),
             ),
         ),
         unknown=edit,
         result=update,
-        statement=Asked(edit, problem.update()),
-        arguments={"W": W, "a_without": a_0, "a_with": a_C},
-        shapes=SHAPES,
+        arguments={"W": problem.W, "a_without": a_0, "a_with": problem.a_C},
         names={
-            problem.lagrangian_name: problem.lagrangian,
-            slope: gradient(problem.lagrangian, edit),
-            nearby: problem.lagrangian.xreplace({edit: edit + change}),
+            lagrangian_name: lagrangian,
+            slope: gradient(lagrangian, edit),
+            nearby: problem.lagrangian(edit + change),
         },
         solution={multipliers: found},
     )
 
 
+class Entries:
+    """What SymPy finds when it differentiates by every entry of the edit, and solves for each of them."""
+
+    def __init__(self, out_features: int, in_features: int) -> None:
+        self.W, self.edit = (entries(name, out_features, in_features) for name in ("W", r"\Delta W"))
+        self.a_0, self.a_C = (column("a", in_features, label) for label in "0C")
+        self.multipliers = column(r"\lambda", out_features)
+        self.square = (self.a_0.T * self.a_0)[0]
+        effect = (self.W + self.edit) * self.a_0 - self.W * self.a_C
+        self.lagrangian = sum(entry**2 for entry in self.edit) / 2 - (self.multipliers.T * effect)[0]
+        self.gradient = self.edit.applyfunc(lambda entry: sp.diff(self.lagrangian, entry))
+        stationary = self.edit.xreplace(sp.solve(list(self.gradient), list(self.edit)))
+        self.outer_product = rewritten(stationary, self.multipliers * self.a_0.T)
+
+        remaining = effect.xreplace(dict(zip(self.edit, self.outer_product, strict=True))).applyfunc(sp.expand)
+        if not all(self.square.xreplace({entry: sp.Dummy(real=True, zero=False)}).is_positive for entry in self.a_0):
+            raise ArithmeticError(f"{self.square} may be zero, and SymPy is about to divide by it")
+        found = self.multipliers.xreplace(sp.solve(list(remaining), list(self.multipliers)))
+        found = rewritten(found, self.W * (self.a_C - self.a_0) / self.square)
+        self.solution = dict(zip(self.multipliers, found, strict=True))
+
+
 @cache
 def _entry_by_entry(out_features: int, in_features: int) -> Derivation:
-    problem = Problem(out_features, in_features)
-    W, edit = entries("W", out_features, in_features), entries(r"\Delta W", out_features, in_features)
-    a_0, a_C = column("a", in_features, "0"), column("a", in_features, "C")
-    multipliers = column(r"\lambda", out_features)
-    symbols = {problem.W: W, problem.a_0: a_0, problem.a_C: a_C, problem.multipliers: multipliers}
-
-    effect = (W + edit) * a_0 - W * a_C
-    square = (a_0.T * a_0)[0]
-    lagrangian = sum(entry**2 for entry in edit) / 2 - (multipliers.T * effect)[0]
-    gradient_entries = sp.ImmutableMatrix(*edit.shape, [sp.diff(lagrangian, entry) for entry in edit])
-    stationary = edit.xreplace(sp.solve(list(gradient_entries), list(edit)))
-    outer_product = rewritten(stationary, multipliers * a_0.T)
-
-    remaining = effect.xreplace(dict(zip(edit, outer_product, strict=True))).applyfunc(sp.expand)
-    if not all(square.xreplace({entry: sp.Dummy(real=True, zero=False)}).is_positive for entry in a_0):
-        raise ArithmeticError(f"{square} may be zero, and SymPy is about to divide by it")
-    solution = sp.solve(list(remaining), list(multipliers))
-    found = rewritten(multipliers.xreplace(solution), W * (a_C - a_0) / square)
-    update = outer_product.xreplace(dict(zip(multipliers, found, strict=True)))
+    problem, by_entry = Problem(out_features, in_features), Entries(out_features, in_features)
+    W, edit, a_0, a_C = by_entry.W, by_entry.edit, by_entry.a_0, by_entry.a_C
     derivatives = entries(r"\frac{\partial \mathcal{L}}{\partial \Delta W", out_features, in_features)
     derivatives = derivatives.applyfunc(lambda symbol: sp.Symbol(f"{symbol.name}}}", real=True))
 
@@ -209,61 +222,52 @@ def _entry_by_entry(out_features: int, in_features: int) -> Derivation:
         name="weight_update",
         source=SOURCE,
         assumptions=problem.assumptions(),
-        steps=(
-            Step(
-                "lagrangian",
-                "Lagrangian",
-                "Each row of the constraint gets a multiplier $\\lambda_i$.",
-                Identity(problem.lagrangian_name, problem.lagrangian),
+        steps=dict(
+            lagrangian=Step(
+                "**Lagrangian.** Each row of the constraint gets a multiplier $\\lambda_i$.",
+                Identity(problem.lagrangian_name, problem.lagrangian(problem.edit)),
             ),
-            Step(
-                "stationarity",
-                "Stationarity",
-                "At a minimum the derivative with respect to every entry is zero. " + _first_of(len(edit), "equation"),
-                First(derivatives, gradient_entries, sp.zeros(*edit.shape)),
+            stationarity=Step(
+                "**Stationarity.** At a minimum the derivative with respect to every entry is zero. "
+                f"{_first_of(len(edit))}",
+                First(derivatives, by_entry.gradient, sp.zeros(*edit.shape)),
             ),
-            Step(
-                "outer product",
-                "Outer product",
-                f"SymPy solves for the {len(edit)} entries. The solution is a column times a row. **Its rank is at "
-                "most one**, although no such form was assumed.",
-                First(edit, outer_product),
+            outer_product=Step(
+                f"**Outer product.** SymPy solves for the {len(edit)} entries. The solution is a column times a row. "
+                "**Its rank is at most one**, although no such form was assumed.",
+                First(edit, by_entry.outer_product),
                 Asked(problem.edit, problem.multipliers * problem.a_0.T),
             ),
-            Step(
-                "constraint",
-                "What remains of the constraint",
-                "We put this edit into the constraint. " + _first_of(out_features, "equation"),
-                First(square * multipliers, W * (a_C - a_0)),
+            constraint=Step(
+                f"**What remains of the constraint.** We put this edit into the constraint. {_first_of(out_features)}",
+                First(by_entry.square * by_entry.multipliers, W * (a_C - a_0)),
             ),
-            Step(
-                "multipliers",
-                "Multipliers",
-                f"Here we divide by ${latex(squared_norm(problem.a_0))}$. SymPy proves that this sum of squares is "
-                f"positive whenever some entry of ${latex(problem.a_0)}$ is not zero.",
-                Asked(problem.multipliers, problem.W * (problem.a_C - problem.a_0) / squared_norm(problem.a_0)),
+            multipliers=Step(
+                f"**Multipliers.** Here we divide by ${latex(squared_norm(problem.a_0))}$. SymPy proves that this sum "
+                f"of squares is positive whenever some entry of ${latex(problem.a_0)}$ is not zero.",
+                Asked(problem.multipliers, problem.added / squared_norm(problem.a_0)),
             ),
-            Step(
-                "formula",
-                "Formula",
-                f"The multipliers go into ${latex(problem.multipliers * problem.a_0.T)}$.",
-                Asked(problem.edit, problem.update()),
-            ),
+            formula=problem.formula(),
         ),
         unknown=problem.edit,
-        result=update,
-        statement=Asked(problem.edit, problem.update()),
+        result=by_entry.outer_product.xreplace(by_entry.solution),
+        statement=problem.formula().shows[0],
         arguments={"W": W, "a_without": a_0, "a_with": a_C},
-        shapes=SHAPES,
+        shapes=_of_any_size().shapes,
         names={
-            **symbols,
-            problem.lagrangian_name: lagrangian,
-            **dict(zip(derivatives, gradient_entries, strict=True)),
+            **{problem.W: W, problem.a_0: a_0, problem.a_C: a_C, problem.multipliers: by_entry.multipliers},
+            problem.lagrangian_name: by_entry.lagrangian,
+            **dict(zip(derivatives, by_entry.gradient, strict=True)),
         },
-        solution=dict(zip(multipliers, found, strict=True)),
+        solution=by_entry.solution,
         entries=edit,
         beyond=lambda candidate: tuple(Identity(minor, sp.S.Zero) for minor in two_by_two_minors(candidate)),
     )
+
+
+def is_least(edit: Any, reads: Any) -> Identity:
+    """Every row of an edit of least norm is a multiple of what is read: the edit vanishes on what is perpendicular."""
+    return Identity(edit * perpendicular_to(reads), sp.ZeroMatrix(OUT, IN))
 
 
 def two_by_two_minors(of: sp.MatrixBase) -> list[sp.Expr]:
@@ -281,6 +285,6 @@ def two_by_two_minors(of: sp.MatrixBase) -> list[sp.Expr]:
     ]
 
 
-def _first_of(count: int, noun: str) -> str:
-    """Say, in a sentence, that one line stands for many."""
-    return f"This is the only {noun}." if count == 1 else f"This is the first of {count} {noun}s."
+def _first_of(equations: int) -> str:
+    """Say that one line stands for many."""
+    return "This is the only equation." if equations == 1 else f"This is the first of {equations} equations."
