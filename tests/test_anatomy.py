@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from icl_lib import Transformer, TransformerConfig, absorb, verify
+from icl_lib.measures import relative_error
 from icl_lib.models import anatomy
 from icl_lib.models.anatomy import Anatomy, known_anatomy, register_anatomy, sites
 
@@ -66,6 +67,51 @@ def test_a_model_of_another_class_works_once_registered():
     torch.testing.assert_close(edited(patch.bare(inputs)), model(inputs)[:, 6:], rtol=1e-12, atol=1e-12)
     assert edited.layers[0].down.bias is not None  # a bias where there was none
     assert model.layers[0].down.bias is None
+
+
+class Sandwich(Gated):
+    """A block with a norm after its MLP."""
+
+    def __init__(self, width, norm):
+        super().__init__(width)
+        self.after = norm(width)
+
+    def forward(self, stream):
+        count = torch.arange(1, stream.shape[-2] + 1, dtype=stream.dtype).unsqueeze(-1)
+        h = stream + 2 * stream.cumsum(-2) / count
+        z = self.norm(h)
+        return h + self.after(self.down(torch.sigmoid(self.gate(z)) * self.up(z)))
+
+
+NORMS = {
+    "bias": (nn.LayerNorm, ["after.bias"]),
+    "scale": (lambda width: nn.LayerNorm(width, bias=False), ["after"]),
+    "down": (nn.RMSNorm, ["down", "after"]),
+}
+
+
+@pytest.mark.parametrize("outer", NORMS)
+def test_a_norm_after_the_mlp_adds_the_change(outer):
+    """By its bias; by its scale alone, if it subtracts the mean; or by its scale and the map before it."""
+    norm, edited_places = NORMS[outer]
+    model, inputs = Stack(width=6).double().requires_grad_(False), torch.randn(2, 7, 6).double()
+    model.layers = nn.ModuleList(Sandwich(6, norm) for _ in range(3)).double().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    register_anatomy(Stack, dataclasses.replace(ENTRY, scale="after"))
+    patch = absorb(model, inputs, 6)
+    assert patch.outer_kind == outer
+    assert list(patch.blocks[0].outer) == edited_places
+    for reference in ("query", "self"):
+        report = verify(model, inputs, 6, reference)
+        assert report.holds, report
+        assert report.output_control > 1e-3
+    single = absorb(model, inputs[:1], 6, positions="query")
+    edited = single.merged(model)
+    assert [type(part) for part in edited.modules()] == [type(part) for part in model.modules()]
+    assert relative_error(edited(single.bare(inputs[:1])), model(inputs)[:1, 6:]).max() < 1e-12
+    with patch.applied(model), pytest.raises(ValueError, match=r"is edited: leave"), patch.applied(model):
+        pass
 
 
 def test_verify_fails_for_an_entry_without_one_of_the_inner_maps():

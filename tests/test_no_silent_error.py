@@ -21,6 +21,7 @@ from transformers import (
     Olmo2Config,
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
+    RobertaConfig,
 )
 
 from icl_lib import Anatomy, Transformer, TransformerConfig, absorb, verify
@@ -506,8 +507,19 @@ def test_a_patch_from_inference_mode_can_be_used_outside(ids):
     assert model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
 
 
+def test_a_model_that_counts_its_positions_otherwise(ids, monkeypatch):
+    """RoBERTa begins at 2. The edits make up for the embedding of another position as well."""
+    entry = Anatomy("roberta.encoder.layer", "intermediate", ("intermediate.dense",), "output.dense")
+    monkeypatch.setitem(ARCHITECTURES, "roberta", entry)
+    model = lively(RobertaConfig(**SMALL, is_decoder=True, max_position_embeddings=64))
+    patch = absorb(model, ids + 2, 11)
+    wanted = model(ids + 2).logits[:, 11:]
+    assert relative_error(patch.merged(model)(**patch.bare(ids + 2)).logits, wanted).max() < 1e-12
+    assert relative_error(model(**patch.bare(ids + 2)).logits, wanted).max() > 1e-2
+
+
 def test_a_classifier_is_refused(ids):
     config = small_language_model("Llama").config
     model = LlamaForSequenceClassification(config).double().eval()
-    with pytest.raises(ValueError, match="without logits .*give a causal language model"):
+    with pytest.raises(ValueError, match=r"without logits .*give a causal language model"):
         absorb(model, ids, 9)

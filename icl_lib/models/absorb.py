@@ -30,7 +30,7 @@ from icl_lib.models.block_edits import NotReproducedError
 from icl_lib.models.passes import bar_over, edits_of, experts_one_by_one
 from icl_lib.models.patch import NO_JOINT_EDIT, Patch
 from icl_lib.models.probing import probe
-from icl_lib.models.prompt import Prompt, accepted
+from icl_lib.models.prompt import Prompt
 from icl_lib.models.streams import Stream
 from icl_lib.models.tokens import Tokens
 
@@ -78,6 +78,8 @@ def anatomy_of(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
 def outer_of(placed: tuple[Site, ...], outer: Any, prompt: Prompt, joint: bool, model: nn.Module) -> str:
     """Return the weights that take the change of the stream, after checking that the blocks have them."""
     choices = outer_choices(placed)
+    if not choices:  # the inner edits restore the whole output
+        choices = ("down", "bias")
     if outer is None:
         # A joint edit has one bias for all positions, so the last matrix takes the change.
         return prompt.outer if prompt.outer in choices and not joint else choices[0]
@@ -161,11 +163,6 @@ def _cause(model: nn.Module, inputs: Tensor, anatomy: Anatomy) -> str:
         return f"Probing the model says: {reason}"
     if found != anatomy:
         return f"Its entry says {anatomy}, but probing finds {found}: correct the entry with register_anatomy."
-    if isinstance(inputs, Tensor) and not inputs.is_floating_point() and "position_ids" not in accepted(model):
-        return (
-            f"{type(model).__name__} takes no position_ids, so without the prompt the query stands at other positions: "
-            "give a model that takes them, or whose positions are relative."
-        )
     return "Probing finds the same anatomy, so the numbers are too ill-conditioned for this dtype: use a wider one."
 
 

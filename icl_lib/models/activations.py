@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from icl_lib.models.anatomy import Anatomy, Site, is_experts
 from icl_lib.models.edited_weights import edited, holder_of
-from icl_lib.models.prompt import Call, Prompt
+from icl_lib.models.prompt import Call, Prompt, tokens_in
 from icl_lib.validation import require_finite
 
 
@@ -74,7 +74,7 @@ def with_context(
     found = tuple(BlockActivations() for _ in sites)
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         for site, block in zip(sites, found, strict=True):
-            _Recorder(site, block, lead).install(stack, visit)
+            _Recorder(site, block, lead, tokens_in(call)).install(stack, visit)
         outputs = kind.run(model, call, keep, **options)
     for (where, _, anatomy), block in zip(sites, found, strict=True):
         missing = [path for path in anatomy.inner if path not in block.reads]
@@ -107,8 +107,8 @@ def _require_finite(
 class _Recorder:
     """Records the activations of one block."""
 
-    def __init__(self, site: Site, found: BlockActivations, lead: torch.Size) -> None:
-        self.site, self.found, self.lead = site, found, lead
+    def __init__(self, site: Site, found: BlockActivations, lead: torch.Size, tokens: int) -> None:
+        self.site, self.found, self.lead, self.tokens = site, found, lead, tokens
         self.last: tuple[Tensor, Tensor] | None = None  # a tensor that was recorded, and what was kept of it
 
     def install(self, stack: contextlib.ExitStack, visit: Callable[[], Any]) -> None:
@@ -126,15 +126,15 @@ class _Recorder:
 
     def _on_stream(self, tokens: Tensor) -> None:
         self._once(self.site.anatomy.stream, self.found.stream)
-        self.found.stream = self._kept(tokens)
+        self.found.stream = self._kept(self.site.anatomy.stream, tokens)
 
     def _on_read(self, path: str, tokens: Tensor) -> None:
         self._once(path, self.found.reads.get(path))
-        self.found.reads[path] = self._kept(tokens)
+        self.found.reads[path] = self._kept(path, tokens)
 
     def _on_output(self, tokens: Tensor) -> None:
         self._once("", self.found.output)
-        self.found.output = self._kept(tokens)
+        self.found.output = self._kept("", tokens)
 
     def _once(self, path: str, before: Tensor | None) -> None:
         if before is not None:
@@ -144,8 +144,14 @@ class _Recorder:
                 "icl_lib.Anatomy."
             )
 
-    def _kept(self, tokens: Tensor) -> Tensor:
+    def _kept(self, path: str, tokens: Tensor) -> Tensor:
         """Return a copy of the last positions; maps that read one tensor share the copy."""
+        if tokens.numel() != self.tokens * tokens.shape[-1]:
+            place = f"{self.site.where}.{path}".rstrip(".")
+            raise ValueError(
+                f"{place} reads or returns {tuple(tokens.shape)} for {self.tokens} tokens: only streams with one "
+                "vector for each token are covered."
+            )
         if self.last is not None and _same_memory(self.last[0], tokens):
             return self.last[1]
         batch, positions = self.lead[:-1], self.lead[-1]

@@ -43,12 +43,13 @@ class Anatomy:
             (``[expert, out, in]``, or ``[expert, in, out]``, whichever its module multiplies with). The module of such
             a parameter must be called as ``experts(z, chosen, gates)``, the last two ``[tokens, active experts]``.
         outer: in a block, the linear map whose output is added to the residual stream after the MLP; its edit adds the
-            change of the stream. It may be a parameter of experts, as for ``inner``. None if the block has no skip
-            connection around its MLP: then $h$ reaches the output only through $z$.
+            change of the stream. It may be a parameter of experts, as for ``inner``. None if ``scale`` alone adds it,
+            or if the block has no skip connection around its MLP: then $h$ reaches the output only through $z$.
         parallel: whether the MLP reads the block's input and not the output of its attention. Then no map of the MLP
             needs an edit, ``inner`` is empty, and ``stream`` names the attention, whose output is added to the residual
             stream at the end of the block.
-        scale: in a block, the norm between the MLP and the residual stream. Its scale is a vector ``weight``.
+        scale: in a block, the norm between the MLP and the residual stream. Its scale is a vector ``weight``; if it
+            has a ``bias``, that adds the change.
         multiplier: $m$, the factor on the output of the MLP: a number, or the path of a number or vector in the block.
         skip_multiplier: $s$, the factor on $h$ (in a parallel block on the output of the attention), in the same form.
         otherwise: the anatomy of the blocks that lack one of these places, for a model with blocks of several kinds.
@@ -205,10 +206,21 @@ def require_plain(model: nn.Module) -> None:
 
 
 def outer_choices(placed: Sequence[Site]) -> tuple[str, ...]:
-    r"""Return the weights that can add $\Delta h$ in these blocks; see :func:`icl_lib.models.absorb.absorb`."""
-    if any(anatomy.outer and is_experts(block, anatomy.outer) for _, block, anatomy in placed):
-        return ("down",)
-    return ("down", "bias") if placed[0].anatomy.scale is None else ("down", "scale")
+    r"""Return the weights that can add $\Delta h$ in all of these blocks; see :func:`icl_lib.models.absorb.absorb`."""
+    choices = [set(_choices(block, anatomy)) for _, block, anatomy in placed if anatomy.outer or anatomy.scale]
+    return tuple(kind for kind in ("down", "bias", "scale") if choices and all(kind in some for some in choices))
+
+
+def _choices(block: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+    if anatomy.scale is None:
+        return ("down",) if is_experts(block, anatomy.outer) else ("down", "bias")
+    norm = block.get_submodule(anatomy.scale)
+    biased = norm._parameters.get("bias") is not None
+    if anatomy.outer is None:
+        return ("down", "scale", "bias") if biased else ("down", "scale")  # the norm adds the change in any case
+    if biased or isinstance(norm, nn.LayerNorm):  # turning is for norms that do not subtract the mean
+        return ("bias", "scale") if biased else ("scale",)
+    return ("down", "scale")
 
 
 def is_experts(block: nn.Module, path: str) -> bool:

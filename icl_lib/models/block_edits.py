@@ -7,10 +7,9 @@ context. The edit is applied at once, so everything after it in the block reads 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from icl_lib.low_rank import LowRank
 from icl_lib.models.activations import BlockActivations, CachedPrompt, on_stream
 from icl_lib.models.anatomy import Site, factor_at, is_experts
 from icl_lib.models.block_patch import BlockPatch
-from icl_lib.models.edited_weights import Product, edited, holder_of, parameter_at, rescaled, split
+from icl_lib.models.edited_weights import Product, edited, edited_norm, holder_of, parameter_at, parts_of, split
 from icl_lib.output_updates import output_update, scale_update, turning_update
 from icl_lib.theorem import joint_weight_update, least_norm_edit, weight_update
 
@@ -53,7 +52,7 @@ class BlockEdits:
         self.prompt, self.activations = prompt, activations
         self.kind, self.joint, self.dense = outer, joint, dense
         self.norm = self.block.get_submodule(self.anatomy.scale) if self.anatomy.scale else None
-        self.rounded = False  # whether a map computes in a narrower dtype than that of its parameter
+        self.dtypes: set[torch.dtype] = set()  # those in which the edited maps compute
         self.forget()
 
     def forget(self) -> None:
@@ -73,7 +72,8 @@ class BlockEdits:
         block, here = self.block, self.anatomy
         on_stream(stack, block, here, self._on_stream)
         maps = {path: self._on_read for path in here.inner}
-        if here.outer and self.kind != "scale":
+        by_norm = self.norm is not None and self.kind != "down"
+        if here.outer and not by_norm:
             maps[here.outer] = self._on_hidden
         for mixture in {holder_of(block, path)[0] for path in maps if is_experts(block, path)}:
             hook = mixture.register_forward_pre_hook(self._on_routed, with_kwargs=True)
@@ -83,12 +83,14 @@ class BlockEdits:
                 edit = self._on_expert_read if edit == self._on_read else self._on_expert_hidden
             stack.enter_context(edited(self.where, block, path, functools.partial(edit, path), self.dense))
         if self.norm is not None:
-            stack.enter_context(rescaled(self.norm, self._on_norm))
+            of_bias = self.kind == "bias"
+            edit = self._on_biased_norm if of_bias else self._on_norm
+            stack.enter_context(edited_norm(self.where, block, here.scale, edit, of_bias))
 
     def require_complete(self) -> None:
         """Raise `ValueError` unless every map of the anatomy was called."""
         called = {split(path)[0] for path in (*self.inner, *self.outer)}
-        outer = self.anatomy.scale if self.kind == "scale" else self.anatomy.outer
+        outer = self.anatomy.outer if self.norm is None or self.kind == "down" else None
         missing = {path for path in (*self.anatomy.inner, outer) if path} - called
         if missing:
             raise ValueError(
@@ -164,6 +166,11 @@ class BlockEdits:
         self.turned = wanted, scale if scale.ndim == 1 else scale.reshape(output.shape)
         return turn.reshape(output.shape)
 
+    def _on_biased_norm(self, _: Tensor) -> Tensor:
+        path = f"{self.anatomy.scale}.bias"
+        self.outer[path] = self._one_vector(path, self._needed)
+        return self.outer[path]
+
     def _on_norm(self, read: Tensor) -> Tensor:
         path = self.anatomy.scale
         parts = parts_of(self.norm, self._shaped(read))
@@ -200,7 +207,7 @@ class BlockEdits:
     def _note(self, path: str, product: Product) -> None:
         if self.change is None:
             raise NotReproducedError(f"{self.where}.{path} is called before {self.where}.{self.anatomy.stream}.")
-        self.rounded |= product.rounded
+        self.dtypes.add(product.output.dtype)
         if product.transposed:
             self.transposed.add(split(path)[0])
 
@@ -215,8 +222,8 @@ class BlockEdits:
         if len(vectors) > 1:
             raise ValueError(
                 f"{self.where}.{path}: {len(vectors)} positions need {len(vectors)} vectors, but a joint edit has only "
-                "one. Use a query of one token, give each position its own edits (Patch.applied), or absorb with "
-                "outer='down'."
+                "one. Use a query of one token, or give each position its own edits (Patch.applied); where the block "
+                "allows it, outer='down' serves several."
             )
         return vectors[0]
 
@@ -231,25 +238,3 @@ class BlockEdits:
             }
             hint = next((f" ({said})" for name, said in hints.items() if name in str(error)), "")
             raise ValueError(f"{self.where}.{path}: {error}{hint}") from None
-
-
-class NormParts(NamedTuple):
-    r"""The output $\gamma \odot \bar o$ of a norm, $\bar o$, and $\gamma$, which in Gemma is 1 plus the parameter."""
-
-    output: Tensor
-    normed: Tensor
-    scale: Tensor
-
-
-def parts_of(norm: nn.Module, read: Tensor) -> NormParts:
-    """Return the parts of a norm's output, found by running the norm with parameters of zero and one."""
-    twin = copy.copy(norm)  # shares everything but its attributes' dictionary
-    scale = norm._parameters["weight"].detach()
-
-    def scaled_by(weight: Tensor) -> Tensor:
-        vars(twin)["weight"] = weight
-        return type(norm).forward(twin, read)
-
-    base = scaled_by(torch.zeros_like(scale))
-    offset = float(bool((base != 0).any()))
-    return NormParts(scaled_by(scale), scaled_by(torch.ones_like(scale)) - base, scale + offset)

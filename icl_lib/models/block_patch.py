@@ -13,7 +13,7 @@ from icl_lib.blocks.edits import edited_linear
 from icl_lib.blocks.structure import replaced
 from icl_lib.low_rank import LowRank
 from icl_lib.models.anatomy import Anatomy
-from icl_lib.models.edited_weights import edited, full_scale, parameter_at, rescaled, split
+from icl_lib.models.edited_weights import edited, edited_norm, full_scale, holder_of, parameter_at, split
 from icl_lib.validation import require_finite
 
 
@@ -100,8 +100,9 @@ class BlockPatch:
                 name, expert = split(path)
                 if expert is not None:
                     experts.setdefault(name, {})[expert] = edit
-                elif path == anatomy.scale:
-                    stack.enter_context(rescaled(block.get_submodule(path), lambda _, edit=edit: edit))
+                elif anatomy.scale and path.removesuffix(".bias") == anatomy.scale:
+                    of_bias = path != anatomy.scale
+                    stack.enter_context(edited_norm(where, block, anatomy.scale, lambda _, edit=edit: edit, of_bias))
                 else:
                     stack.enter_context(edited(where, block, path, lambda _, edit=edit: edit))
             for name, edits in experts.items():
@@ -119,7 +120,7 @@ class BlockPatch:
                 target = parameter_at(block, path)
                 target += self.stored(path, _single(edit)).dense()
             else:
-                target = _add_vector(block.get_submodule(path), _single(edit))
+                target = _add_vector(block, path, _single(edit))
             require_finite(
                 f"the edited {where}.{path}", target, f"the edit is too large for {target.dtype}; use a wider dtype."
             )
@@ -144,8 +145,12 @@ def _single(edit: LowRank | Tensor) -> LowRank | Tensor:
     return LowRank(*(factor.reshape(factor.shape[-2:]) for factor in (edit.left, edit.right)))
 
 
-def _add_vector(module: nn.Module, edit: Tensor) -> Tensor:
-    """Add a vector to the scale of a norm, or to the bias of a linear map, which it may not have yet."""
+def _add_vector(block: nn.Module, path: str, edit: Tensor) -> Tensor:
+    """Add a vector to the scale or the bias of a norm, or to the bias of a linear map, which it may not have yet."""
+    module, name = holder_of(block, path)
+    if name == "bias":
+        module.bias += edit
+        return module.bias
     grad = module.weight.requires_grad
     if module.weight.ndim == 1:
         module.weight = full_scale(module.weight.detach() + edit).requires_grad_(grad)

@@ -8,6 +8,7 @@ products of the module's own forward pass. The parameter, the state dict and the
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import re
@@ -29,14 +30,12 @@ class Product(NamedTuple):
         read: its inputs, ``[*tokens, in]``.
         output: its outputs without the edit, ``[*tokens, out]``.
         transposed: whether the parameter holds the matrix as ``[in, out]``.
-        rounded: whether the product is computed in a narrower dtype than that of the parameter.
     """
 
     weight: Tensor
     read: Tensor
     output: Tensor
     transposed: bool
-    rounded: bool
 
 
 Edit = Callable[[Product], "LowRank | Tensor | None"]
@@ -83,15 +82,15 @@ class EditedWeight:
 
     def __init__(self, weight: Tensor, edit: Edit, dense: bool = False, name: str = "an edited map") -> None:
         self._weight, self._edit, self._dense, self._name = weight, edit, dense, name
-        self._flipped = self._narrowed = False  # what the forward pass has done to the parameter so far
+        self._parameter, self._flipped = weight, False  # before the forward pass casts or transposes it
 
-    def _with(self, weight: Tensor, flipped: bool, narrowed: bool) -> EditedWeight:
+    def _with(self, weight: Tensor, flipped: bool) -> EditedWeight:
         other = EditedWeight(weight, self._edit, self._dense, self._name)
-        other._flipped, other._narrowed = flipped, narrowed
+        other._parameter, other._flipped = self._parameter, flipped
         return other
 
     def _flip(self) -> EditedWeight:
-        return self._with(self._weight.mT, not self._flipped, self._narrowed)
+        return self._with(self._weight.mT, not self._flipped)
 
     T = mT = property(_flip)
 
@@ -101,9 +100,7 @@ class EditedWeight:
 
     def to(self, *args: Any, **kwargs: Any) -> EditedWeight:
         """Return the edited weight in another dtype or on another device, as `torch.Tensor.to` does."""
-        cast = self._weight.to(*args, **kwargs)
-        narrowed = self._narrowed or cast.dtype.itemsize < self._weight.dtype.itemsize
-        return self._with(cast, self._flipped, narrowed)
+        return self._with(self._weight.to(*args, **kwargs), self._flipped)
 
     type = to
 
@@ -135,15 +132,15 @@ class EditedWeight:
         turned = function is not functional.linear
         matrix = weight._weight.mT if turned else weight._weight
         output = _product(function, read, weight._weight, bias)
-        edit = weight._edit(Product(matrix, read, output, turned != weight._flipped, weight._narrowed))
+        transposed = turned != weight._flipped
+        edit = weight._edit(Product(matrix, read, output, transposed))
         if edit is None:
             return output
-        if isinstance(edit, LowRank):
-            edit = edit.to(output.dtype)
-            if weight._dense:
-                dense = edit.dense()
-                return _product(function, read, weight._weight + (dense.mT if turned else dense), bias)
-        return _plus(output, read, edit, weight._name)
+        if isinstance(edit, LowRank) and weight._dense:
+            merged = weight._parameter + (edit.dense().mT if transposed else edit.dense())
+            merged = merged.mT if weight._flipped else merged
+            return _product(function, read, merged.to(weight.dtype), bias)
+        return _plus(output, read, edit.to(output.dtype), weight._name)
 
 
 def _product(function: Callable, read: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -285,23 +282,61 @@ def full_scale(scale: Tensor) -> nn.Parameter:
 
 
 @contextlib.contextmanager
-def rescaled(norm: nn.Module, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the ``with``, the scale of a norm is edited; ``edit`` returns $\\Delta\\gamma$ for the norm's input."""
+def edited_norm(
+    where: str, block: nn.Module, path: str, edit: Callable[[Tensor], Tensor], of_bias: bool = False
+) -> Iterator[None]:
+    r"""Inside the ``with``, the scale of a norm, or its bias, is edited; ``edit`` returns the edit for its input.
+
+    With a scale $\gamma + \Delta\gamma$ the norm outputs $\Delta\gamma \odot \bar o$ more, and with a bias
+    $\beta + \Delta\beta$ it outputs $\Delta\beta$ more.
+    """
+    norm = block.get_submodule(path)
     scale = norm.weight.detach()
+    one_scale = isinstance(norm, (nn.LayerNorm, nn.RMSNorm))  # these take no scale for each token
+    change: Tensor | None = None
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal change
         change = edit(args[0])
-        if math.prod(change.shape[:-1]) not in (1, math.prod(args[0].shape[:-1])):
+        tokens, made_for = (math.prod(one.shape[:-1]) for one in (args[0], change))
+        if made_for not in (1, tokens):
             raise ValueError(
-                f"an edited norm reads {math.prod(args[0].shape[:-1])} tokens, but its edit was made for "
-                f"{math.prod(change.shape[:-1])}: call the edited model with patch.bare(inputs)."
+                f"{where}.{path} reads {tokens} tokens, but its edit was made for {made_for}: call the edited model "
+                "with patch.bare(inputs)."
             )
-        change = change.view_as(args[0]) if change.ndim > 1 else change
-        vars(norm)["weight"] = full_scale(scale + change)
+        change = change.reshape(args[0].shape) if change.ndim > 1 else change
+        if not of_bias and not (one_scale and change.ndim > 1):
+            vars(norm)["weight"] = full_scale(scale + change)
 
-    hook = norm.register_forward_pre_hook(before)
-    try:
-        with shadowed(norm, "weight", scale):
-            yield
-    finally:
-        hook.remove()
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if of_bias:
+            return output + change
+        return output + change * parts_of(norm, args[0]).normed if one_scale and change.ndim > 1 else None
+
+    with shadowed(norm, "weight", scale), contextlib.ExitStack() as stack:
+        stack.callback(norm.register_forward_pre_hook(before).remove)
+        stack.callback(norm.register_forward_hook(after).remove)
+        yield
+
+
+class NormParts(NamedTuple):
+    r"""The output $\gamma \odot \bar o$ of a norm without its bias, $\bar o$, and $\gamma$ (Gemma: 1 + weight)."""
+
+    output: Tensor
+    normed: Tensor
+    scale: Tensor
+
+
+def parts_of(norm: nn.Module, read: Tensor) -> NormParts:
+    """Return the parts of a norm's output, found by running the norm with parameters of zero and one."""
+    twin = copy.copy(norm)  # shares everything but its attributes' dictionary
+    scale = norm._parameters["weight"].detach()
+
+    def scaled_by(weight: Tensor) -> Tensor:
+        vars(twin)["weight"] = weight
+        output = type(norm).forward(twin, read)
+        return output if norm._parameters.get("bias") is None else output - norm.bias.detach()
+
+    base = scaled_by(torch.zeros_like(scale))
+    offset = float(bool((base != 0).any()))
+    return NormParts(scaled_by(scale), scaled_by(torch.ones_like(scale)) - base, scale + offset)

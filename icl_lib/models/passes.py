@@ -120,14 +120,12 @@ def _require_reproduced(what: str, patched: Tensor, prompted: Tensor, blocks: Se
 
 
 def tolerance_of(dtype: torch.dtype, edits: BlockEdits) -> float:
-    """Return the relative error that rounding explains.
+    """Return the relative error that rounding explains: that of the narrowest dtype in which the block computes.
 
-    It is that of float32 where a part of the block computes in float32 and the edits cannot correct that: a router,
-    or a norm whose scale several positions share.
+    A norm computes in float32, which the edits do not correct if several positions share its scale.
     """
-    shared = edits.joint and edits.norm is not None and edits.prompt.lead.numel() > 1
-    narrow = edits.rounded or shared
-    return max(TOLERANCE[dtype], TOLERANCE[torch.float32]) if narrow else TOLERANCE[dtype]
+    shared = edits.joint and edits.kind == "down" and edits.norm is not None and edits.prompt.lead.numel() > 1
+    return max(TOLERANCE[one] for one in (dtype, *edits.dtypes, *[torch.float32] * shared))
 
 
 @contextlib.contextmanager

@@ -69,6 +69,11 @@ class Prompt:
         self.bare_lead = torch.Size((*self.lead[:-1], rows))
 
 
+def tokens_in(call: Call) -> int:
+    """Return the number of tokens in a call."""
+    return call.shape[:-1].numel() if isinstance(call, Tensor) else call["input_ids"].numel()
+
+
 def check_lengths(length: int, context_length: Any) -> None:
     """Require at least one token of context and one after it."""
     if isinstance(context_length, bool) or not isinstance(context_length, numbers.Integral):

@@ -87,12 +87,12 @@ class Tokens(Prompt):
         return self.length - rows.sum(-1)
 
     def whole(self, inputs: Tensor) -> dict[str, Tensor]:
-        """Return the call with the context."""
+        """Return the call with the context, as a user calls the model: without positions, if there is no mask."""
         ids = inputs.reshape(-1, inputs.shape[-1])
-        call = {"input_ids": ids, "position_ids": self._positions(ids, 0)}
-        if self.attention_mask is not None:
-            call["attention_mask"] = self.attention_mask.reshape(ids.shape)
-        return self._known(call)
+        if self.attention_mask is None:
+            return {"input_ids": ids}
+        mask = self.attention_mask.reshape(ids.shape)
+        return self._known({"input_ids": ids, "position_ids": self._positions(ids, 0), "attention_mask": mask})
 
     def bare(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the call without the context, with every token at its own position."""
