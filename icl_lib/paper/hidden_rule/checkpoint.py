@@ -19,7 +19,7 @@ from icl_lib.paper.hidden_rule.task import HELD_OUT, PAIRS, RULES, VOCABULARY
 from icl_lib.paper.hidden_rule.training import HiddenRuleTrainer
 
 DATA = Path(__file__).resolve().parent
-"""The folder of the trained model: this package, so that an installed wheel has it."""
+"""This package, which holds the trained model, so that an installed wheel has it."""
 
 NAME = "hidden_rule"
 MEASURED = (0, 1, 2, 3, 4, 5, 6)
