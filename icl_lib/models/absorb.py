@@ -169,7 +169,10 @@ def _cause(model: nn.Module, inputs: Tensor, anatomy: Anatomy) -> str:
 def cache(
     model: nn.Module, placed: tuple[Site, ...], prompt: Prompt, inputs: Tensor, **options: Any
 ) -> tuple[CachedPrompt, Tensor]:
-    """Run the whole prompt; return what the blocks read, and the model's outputs as :func:`~icl_lib.models.activations.with_context` does."""
+    """Run the whole prompt; return what the blocks read, and the model's outputs.
+
+    The options are those of :func:`~icl_lib.models.activations.with_context`.
+    """
     blocks, outputs = with_context(model, placed, type(prompt), prompt.whole(inputs), prompt.lead, **options)
     last = outputs.reshape(*prompt.lead[:-1], -1, outputs.shape[-1])[..., -1, :]
     return CachedPrompt(type(prompt), prompt.bare(inputs), prompt.lead, prompt.bare_lead, blocks, last), outputs

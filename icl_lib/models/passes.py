@@ -57,7 +57,8 @@ def without_context(
         require: raise at the first block whose output is not that of the run with the context.
         visit: called after each block with its number, its output, ``[*batch, positions, width]``, and its edits.
 
-    Raises :class:`~icl_lib.models.block_edits.NotReproducedError`, with the block, if its output with the edits is not that with the context.
+    Raises :class:`~icl_lib.models.block_edits.NotReproducedError`, with the block, if its output with the edits is not
+    that with the context.
     """
     blocks = [
         BlockEdits(site, prompt, seen, outer, joint, dense) for site, seen in zip(sites, prompt.blocks, strict=True)
@@ -106,7 +107,7 @@ def edits_of(
 
 
 def _require_reproduced(what: str, patched: Tensor, prompted: Tensor, blocks: Sequence[BlockEdits]) -> None:
-    """Raise :class:`~icl_lib.models.block_edits.NotReproducedError` if an output with the edits of these blocks is not that with the context.
+    """Raise an error if an output with the edits of these blocks is not that with the context.
 
     The limit is a few times the tolerance of a verification.
     """

@@ -373,8 +373,8 @@ def small_language_model(
 def survey(names: Iterable[str] | None = None, dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
     """Replace a prompt by weight edits in a small model of each architecture, and compare.
 
-    The prompt has 24 different tokens. A copy of the model with edited weights (:meth:`icl_lib.models.patch.Patch.merged`) reads the
-    last one alone.
+    The prompt has 24 different tokens. A copy of the model with edited weights reads the last one alone
+    (:meth:`icl_lib.models.patch.Patch.merged`).
 
     Args:
         names: of ``LANGUAGE_MODELS`` and ``MORE_LANGUAGE_MODELS``; None for all that the installed `transformers` has.
