@@ -19,7 +19,7 @@ from icl_lib.measures import relative_error, scientific
 OPTIONS = list(itertools.product([False, True], ["none", "pre", "post"], [False, True], ["query", "self"]))
 
 
-@pytest.mark.parametrize("width", [8, 64, 256])
+@pytest.mark.parametrize("width", [8, 64, pytest.param(256, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("skip", "norm", "causal", "reference"), OPTIONS)
 def test_six_blocks_hold_to_rounding(width, skip, norm, causal, reference):
     model = lively(dim=width, blocks=6, skip=skip, norm=norm, causal=causal)
