@@ -63,8 +63,9 @@ def multiplied_out(expression: Any, rules: Sequence[Rule] = ()) -> dict[Word, sp
     {(A, b): 3}
     """
     if not getattr(expression, "is_Matrix", False):
-        return {(): _number(sp.sympify(expression), _words_of(rules))}
-    return _collected(_reduced(_terms(expression, _words_of(rules)), _words_of(rules)))
+        return {(): _number(sp.sympify(expression), _words_of(tuple(rules)))}
+    words = _words_of(tuple(rules))
+    return _collected(_reduced(_terms(expression, words), words))
 
 
 def vanishes(expression: Any, rules: Sequence[Rule] = ()) -> bool:
@@ -224,7 +225,7 @@ _Rules = tuple[tuple[Word, tuple[tuple[sp.Expr, Word], ...]], ...]
 
 
 @cache
-def _words_of_cached(rules: tuple[Rule, ...]) -> _Rules:
+def _words_of(rules: tuple[Rule, ...]) -> _Rules:
     words = []
     for rule in rules:
         left, right = _factors(rule.left), tuple(_terms(rule.right, ()))
@@ -232,10 +233,6 @@ def _words_of_cached(rules: tuple[Rule, ...]) -> _Rules:
         if _transposed_word(left) != left:
             words.append((_transposed_word(left), tuple((n, _transposed_word(w)) for n, w in right)))
     return tuple(words)
-
-
-def _words_of(rules: Sequence[Rule]) -> _Rules:
-    return _words_of_cached(tuple(Rule(*rule) for rule in rules))
 
 
 def _reduced(terms: Iterable[tuple[sp.Expr, Word]], rules: _Rules) -> Iterator[tuple[sp.Expr, Word]]:

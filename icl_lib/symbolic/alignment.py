@@ -37,10 +37,7 @@ def alignment() -> Derivation:
     """
     pair = TwoUpdates()
     cosine, within = number(r"\cos(\Delta W^\ell, \Delta W^k)"), number(r"\cos(\Delta W_i, \Delta W_j)")
-    of_columns, of_rows = (
-        number(r"\cos(\boldsymbol{u}^\ell, \boldsymbol{u}^k)"),
-        number(r"\cos(\boldsymbol{f}^\ell, \boldsymbol{f}^k)"),
-    )
+    of_columns, of_rows = (number(rf"\cos(\boldsymbol{{{k}}}^\ell, \boldsymbol{{{k}}}^k)") for k in "uf")
     (D, E), (u, v), (f, g) = pair.updates, pair.columns, pair.rows
     u_i, u_j, shared = vector("u", OUT, "i"), vector("u", OUT, "j"), vector("f")
     one, two = (matrix(rf"\Delta W_{k}") for k in "ij")
@@ -112,7 +109,6 @@ class TwoUpdates:
             self.updates.append(update)
             self.columns.append(u)
             self.rows.append(f)
-        self.shapes = {name: "out in" if name.startswith("W") else "in" for name in self.arguments}
 
     def assumptions(self) -> dict[str, Step]:
         """Return the two updates and that neither is zero."""

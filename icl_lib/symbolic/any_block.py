@@ -2,6 +2,7 @@ r"""The rule for all blocks: patch the maps that read the stream, and add what t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 import sympy as sp
@@ -11,8 +12,9 @@ from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Nonzero, St
 from icl_lib.symbolic.notation import IN, OUT, WIDTH, latex, matrix, vector
 from icl_lib.symbolic.weight_update import weight_update
 
-SOURCE = "after Goldwaser et al. 2026 (arXiv 2511.17864), Theorem 1 and the definition of input controllability"
-EXPERTS = sp.Symbol("e", integer=True, positive=True)
+MAPS = matrix("V"), matrix("R", sp.Symbol("e", integer=True, positive=True))
+PROMPTED, EDITED, CHANGE = (matrix(name, WIDTH, 1) for name in (r"T(C, x)", r"T_{+\Delta V}(x)", r"\Delta h"))
+Z_0, Z_C, H_0, H_C = (vector(letter, size, k) for letter, size in (("z", IN), ("h", WIDTH)) for k in "0C")
 
 
 @cache
@@ -41,67 +43,59 @@ def any_block() -> Derivation:
     """
     least = weight_update()
     W, a_0, a_C = least.arguments.values()
-    maps = (matrix("V"), matrix("R", EXPERTS))
-    edits = tuple(matrix(rf"\Delta {one.name}", one.rows) for one in maps)
-    z_0, z_C, h_0, h_C = (
-        vector(letter, size, index) for letter, size in (("z", IN), ("h", WIDTH)) for index in ("0", "C")
-    )
-    change = sp.MatrixSymbol(r"\Delta h", WIDTH, 1)
-    updates = tuple(least.result.xreplace({W: one, a_0: z_0, a_C: z_C}) for one in maps)
-
-    def mlp(*reads: sp.MatrixExpr) -> Applied:
-        return Applied(r"\operatorname{MLP}", (WIDTH, 1), *reads)
-
-    prompted, edited = sp.MatrixSymbol(r"T(C, x)", WIDTH, 1), sp.MatrixSymbol(r"T_{+\Delta V}(x)", WIDTH, 1)
-    names = {
-        **dict(zip(edits, updates, strict=True)),
-        prompted: h_C + mlp(*(one * z_C for one in maps)),
-        edited: h_0 + mlp(*((one + edit) * z_0 for one, edit in zip(maps, edits, strict=True))),
+    edits = {
+        matrix(rf"\Delta {one.name}", one.rows): least.result.xreplace({W: one, a_0: Z_0, a_C: Z_C}) for one in MAPS
     }
-    gap = rewritten(expanded((names[prompted] - names[edited]).xreplace(names)), h_C - h_0)
+    edited = tuple(one + edit for one, edit in zip(MAPS, edits, strict=True))
+    names = {**edits, PROMPTED: H_C + _mlp(one * Z_C for one in MAPS), EDITED: H_0 + _mlp(one * Z_0 for one in edited)}
+    gap = rewritten(expanded((names[PROMPTED] - names[EDITED]).xreplace(names)), H_C - H_0)
 
     return Derivation(
         name="any_block",
-        source=SOURCE,
+        source="after Goldwaser et al. 2026 (arXiv 2511.17864), Theorem 1 and the definition of input controllability",
         assumptions=dict(
             block=Step(
-                f"**The block with the context.** The MLP reads a vector ${latex(z_C)}$, such as the stream "
-                f"${latex(h_C)}$ or a norm of it, through its inner maps alone. $V$ stands for each of them, any "
+                f"**The block with the context.** The MLP reads a vector ${latex(Z_C)}$, such as the stream "
+                f"${latex(H_C)}$ or a norm of it, through its inner maps alone. $V$ stands for each of them, any "
                 "number. A router $R$ is one as well.",
-                Identity(prompted, names[prompted]),
+                Identity(PROMPTED, names[PROMPTED]),
             ),
             edited_block=Step(
                 "**The block without it, inner maps edited.** Every inner map has its weight update (`weight_update`, "
-                f"with ${latex(z_0)}$ for ${latex(a_0)}$).",
-                Identity(edited, names[edited]),
-                *(Identity(edit, update) for edit, update in zip(edits, updates, strict=True)),
+                f"with ${latex(Z_0)}$ for ${latex(a_0)}$).",
+                Identity(EDITED, names[EDITED]),
+                *(Identity(edit, update) for edit, update in edits.items()),
             ),
             effect=Step(
-                f"**Same output.** The end of the block adds a vector ${latex(change)}$ to the stream.",
-                Asked(edited + change, prompted),
+                f"**Same output.** The end of the block adds a vector ${latex(CHANGE)}$ to the stream.",
+                Asked(EDITED + CHANGE, PROMPTED),
             ),
-            nonzero=Step("**Nonzero activation.** No edit of a map acts on zero.", Nonzero(z_0)),
+            nonzero=Step("**Nonzero activation.** No edit of a map acts on zero.", Nonzero(Z_0)),
         ),
         steps=dict(
             inner=Step(
                 "**The inner maps return the same.** So do the gates of a mixture of experts, and the MLP returns the "
                 "same, whatever function it is.",
-                *(Identity((one + edit) * z_0, one * z_C) for one, edit in zip(maps, edits, strict=True)),
+                *(Identity(new * Z_0, one * Z_C) for new, one in zip(edited, MAPS, strict=True)),
             ),
-            left_over=Step("**What is left over.** The MLP cancels.", Identity(prompted - edited, gap)),
+            left_over=Step("**What is left over.** The MLP cancels.", Identity(PROMPTED - EDITED, gap)),
             solve=Step(
                 "**The change that must be added.** It is the difference of the residual streams.",
-                Asked(change, rewritten(solved(change - gap, change), h_C - h_0)),
+                Asked(CHANGE, rewritten(solved(CHANGE - gap, CHANGE), H_C - H_0)),
             ),
             parallel=Step(
                 "**Parallel blocks.** Where the MLP reads the stream as it enters the block, it reads the same with "
                 "and without the context once the blocks below are patched. Then the inner edits are zero.",
-                Identity(updates[0].xreplace({z_C: z_0}), sp.ZeroMatrix(OUT, IN)),
+                Identity(least.result.xreplace({W: MAPS[0], a_0: Z_0, a_C: Z_0}), sp.ZeroMatrix(OUT, IN)),
             ),
         ),
-        unknown=change,
+        unknown=CHANGE,
         result=gap,
-        statement=Asked(change, h_C - h_0),
-        arguments={"h_without": h_0, "h_with": h_C},
+        statement=Asked(CHANGE, H_C - H_0),
+        arguments={"h_without": H_0, "h_with": H_C},
         names=names,
     )
+
+
+def _mlp(reads: Iterable[sp.MatrixExpr]) -> Applied:
+    return Applied(r"\operatorname{MLP}", (WIDTH, 1), *reads)

@@ -36,18 +36,21 @@ def bias_update() -> Derivation:
     """
     least = weight_update()
     W, a_0, a_C = least.arguments.values()
-    edit, bias_edit, x = least.unknown, named(r"\Delta b'"), vector("x")
-    outer_weight, hidden_bias, bias = matrix("W'", IN, OUT), sp.MatrixSymbol("b", OUT, 1), named("b'")
+    edit, x = least.unknown, vector("x")
+    bias, bias_edit, prompted, edited = (
+        matrix(name, IN, 1)
+        for name in ("b'", r"\Delta b'", r"T_{W,\,b'}(C, x)", r"T_{W + \Delta W,\,b' + \Delta b'}(C \setminus Y, x)")
+    )
+    outer_weight, hidden_bias = matrix("W'", IN, OUT), matrix("b", OUT, 1)
 
     def block(weight: sp.MatrixExpr, read: sp.MatrixExpr, output_bias: sp.MatrixExpr) -> sp.MatrixExpr:
         return x + read + outer_weight * Applied(ACTIVATION, (OUT, 1), weight * read + hidden_bias) + output_bias
 
-    prompted, edited = named(r"T_{W,\,b'}(C, x)"), named(r"T_{W + \Delta W,\,b' + \Delta b'}(C \setminus Y, x)")
-    names = {
-        edit: least.result,
-        prompted: block(W, a_C, bias),
-        edited: block(W + edit, a_0, bias + bias_edit),
-    }
+    prompted, edited = (
+        matrix(r"T_{W,\,b'}(C, x)", IN, 1),
+        matrix(r"T_{W + \Delta W,\,b' + \Delta b'}(C \setminus Y, x)", IN, 1),
+    )
+    names = {edit: least.result, prompted: block(W, a_C, bias), edited: block(W + edit, a_0, bias + bias_edit)}
     gap = rewritten(expanded((edited - prompted).xreplace(names).xreplace(names)), a_0 - a_C + bias_edit)
     update = rewritten(solved(gap, bias_edit), a_C - a_0)
 
@@ -73,10 +76,7 @@ def bias_update() -> Derivation:
             ),
         ),
         steps=dict(
-            reads=Step(
-                "**The activation reads the same.** So it returns the same, whatever function it is.",
-                Identity((W + edit) * a_0 + hidden_bias, W * a_C + hidden_bias),
-            ),
+            reads=reads_the_same((W + edit) * a_0 + hidden_bias, W * a_C + hidden_bias),
             left_over=Step(
                 f"**What is left over.** In the difference of the two outputs ${latex(x)}$, $b'$ and the whole MLP "
                 "cancel.",
@@ -92,6 +92,9 @@ def bias_update() -> Derivation:
     )
 
 
-def named(name: str) -> sp.MatrixSymbol:
-    """Return the symbol of a column as wide as the input, with a name that is not one bold letter."""
-    return sp.MatrixSymbol(name, IN, 1)
+def reads_the_same(edited: sp.MatrixExpr, prompted: sp.MatrixExpr) -> Step:
+    """Return the step in which the edited map gives the activation what it reads with the context."""
+    return Step(
+        "**The activation reads the same.** So it returns the same, whatever function it is.",
+        Identity(edited, prompted),
+    )

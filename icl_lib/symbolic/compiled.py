@@ -42,21 +42,18 @@ def entry_by_entry(
     return compute
 
 
-def whole_matrices(
-    result: Any, arguments: Mapping[str, Any], shapes: Mapping[str, str], backend: str
-) -> Callable[..., Any]:
+def whole_matrices(result: Any, arguments: Mapping[str, Any], backend: str) -> Callable[..., Any]:
     """Compile an expression of matrices whose sizes are symbols: arrays of any fitting sizes."""
     module = module_of(backend)
 
     def compute(*arrays: Any) -> Any:
         values = {}
-        for (name, symbols), array in zip(arguments.items(), arrays, strict=True):
+        for symbols, array in zip(arguments.values(), arrays, strict=True):
             by_row = isinstance(symbols, tuple)
-            is_vector = len(shapes[name].split()) - by_row == 1
             for symbol, one in zip(symbols if by_row else (symbols,), array if by_row else (array,), strict=True):
-                values[symbol] = one.reshape(-1, 1) if is_vector and getattr(symbol, "is_Matrix", False) else one
+                values[symbol] = one.reshape(-1, 1) if _is_column(symbol) else one
         computed = evaluate(result, values, module)
-        return computed.reshape(-1) if len(shapes["return"].split()) == 1 else computed
+        return computed.reshape(-1) if _is_column(result) else computed
 
     return compute
 
@@ -106,6 +103,10 @@ def evaluate(expression: Any, values: Mapping[Any, Any], module: Any) -> Any:
         return float(of)
 
     return value(expression)
+
+
+def _is_column(of: Any) -> bool:
+    return getattr(of, "shape", (1,))[1:] == (1,)
 
 
 def _array_shape(matrix: sp.MatrixBase, dimensions: str) -> tuple[int, ...]:

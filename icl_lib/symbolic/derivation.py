@@ -22,17 +22,14 @@ from sympy.matrices.exceptions import ShapeError
 from icl_lib.symbolic.algebra import Rule, vanishes
 from icl_lib.symbolic.compiled import entry_by_entry, whole_matrices
 from icl_lib.symbolic.layout import rows, stacked
-from icl_lib.symbolic.notation import dimensions, latex, squared_norm
+from icl_lib.symbolic.notation import dimensions, latex, perpendicular_to, squared_norm
 
 
-@dataclass(frozen=True, eq=False)
 class Equation:
     """Expressions that are equal, with an equals sign between each and the next."""
 
-    parts: tuple[Any, ...]
-
     def __init__(self, *parts: Any) -> None:
-        object.__setattr__(self, "parts", parts)
+        self.parts = parts
 
     @property
     def rows(self) -> list[str]:
@@ -79,18 +76,12 @@ class Given(Equation):
     def holds(self, derivation: Derivation) -> bool:
         return True
 
-    def values(self, derivation: Derivation) -> Mapping[Any, Any]:
-        return {}
 
-
-@dataclass(frozen=True, eq=False)
 class Nonzero:
     """A condition: these are not zero."""
 
-    of: tuple[Any, ...]
-
     def __init__(self, *of: Any) -> None:
-        object.__setattr__(self, "of", of)
+        self.of = of
 
     @property
     def rows(self) -> list[str]:
@@ -116,16 +107,11 @@ class Minimise:
         return vanishes(self.objective - squared_norm(derivation.unknown) / 2)
 
 
-@dataclass(frozen=True, eq=False)
 class Step:
     """One assumption or one step: what it says, in Markdown, behind a title in bold, and the formulas it shows."""
 
-    text: str
-    shows: tuple[Any, ...]
-
-    def __init__(self, text: str, *formulas: Any, shows: tuple[Any, ...] = ()) -> None:
-        object.__setattr__(self, "text", text)
-        object.__setattr__(self, "shows", formulas or shows)
+    def __init__(self, text: str, *shows: Any) -> None:
+        self.text, self.shows = text, shows
 
     @property
     def latex(self) -> str:
@@ -256,8 +242,10 @@ class Derivation:
                [0., 0.]])
         """
         signature = ", ".join(f"{name} [{self.shapes[name]}]" for name in self.arguments)
-        compile_result = whole_matrices if self.entries is None else entry_by_entry
-        compute = compile_result(self.result, self.arguments, self.shapes, backend)
+        if self.entries is None:
+            compute = whole_matrices(self.result, self.arguments, backend)
+        else:
+            compute = entry_by_entry(self.result, self.arguments, self.shapes, backend)
 
         def function(*arrays: Any) -> Any:
             if len(arrays) != len(self.arguments):
@@ -304,3 +292,8 @@ def total(sign: str, term: Any, instances: tuple[Mapping[Any, Any], ...]) -> tup
     if not getattr(term, "is_Matrix", False):
         return sp.Symbol(name, real=True), sp.Add(*terms)
     return sp.MatrixSymbol(name, *term.shape), sp.MatAdd(*terms)
+
+
+def is_least(edit: Any, reads: Any) -> Identity:
+    """Every row of an edit of least norm is a multiple of what is read: the edit vanishes on what is perpendicular."""
+    return Identity(edit * perpendicular_to(reads), sp.ZeroMatrix(*edit.shape))

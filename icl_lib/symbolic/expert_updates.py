@@ -6,12 +6,10 @@ from functools import cache
 
 import sympy as sp
 
-from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Nonzero, Step, rewritten, total
+from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Nonzero, Step, is_least, rewritten, total
 from icl_lib.symbolic.notation import latex, matrix, number, squared_norm, vector
 from icl_lib.symbolic.output_update import output_update
-from icl_lib.symbolic.weight_update import is_least
 
-SOURCE = "Goldwaser et al. 2026 (arXiv 2511.17864), mixture of experts"
 EXPERTS = 3
 """The sums over experts are proved for three."""
 
@@ -59,7 +57,7 @@ def expert_updates() -> Derivation:
 
     return Derivation(
         name="expert_updates",
-        source=SOURCE,
+        source="Goldwaser et al. 2026 (arXiv 2511.17864), mixture of experts",
         assumptions=dict(
             gates=Step(
                 "**Gates.** The router is patched, so the gates are those of the prompt. Their sum need not be one.",

@@ -3,16 +3,16 @@ r"""One edit for several queries at once."""
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import sympy as sp
 
-from icl_lib.symbolic.algebra import gradient, solved
+from icl_lib.symbolic.algebra import solved
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Minimise, Nonzero, Step, rewritten
-from icl_lib.symbolic.notation import IN, OUT, dot, latex, matrix, number, rank_one, squared_norm
-from icl_lib.symbolic.weight_update import weight_update
+from icl_lib.symbolic.notation import IN, OUT, QUERIES, latex, matrix, number, squared_norm
+from icl_lib.symbolic.weight_update import LeastEdit, N, weight_update
 
-SOURCE = "This book; one query: Dherin et al. 2025 (arXiv 2507.16003), version 4, Theorem 2.3"
-QUERIES = sp.Symbol("q", integer=True, positive=True)
+V, Z_0, Z_C = matrix("V"), matrix("Z_0", IN, QUERIES), matrix("Z_C", IN, QUERIES)
 
 
 @cache
@@ -39,50 +39,28 @@ def joint_weight_update() -> Derivation:
            [1., 1.],
            [1., 1.]])
     """
-    V, edit, multipliers = matrix("V"), matrix(r"\Delta V"), matrix(r"\Lambda", OUT, QUERIES)
-    Z_0, Z_C = matrix("Z_0", IN, QUERIES), matrix("Z_C", IN, QUERIES)
-    pseudo_inverse, right = matrix("Z_0^{+}", QUERIES, IN), matrix(r"\Lambda G", OUT, QUERIES)
-    gram, change = Z_0.T * Z_0, matrix("N")
-    lagrangian, nearby = number(r"\mathcal{L}(\Delta V)"), number(r"\mathcal{L}(\Delta V + N)")
+    edit, multipliers, right = matrix(r"\Delta V"), matrix(r"\Lambda", OUT, QUERIES), matrix(r"\Lambda G", OUT, QUERIES)
+    least = LeastEdit(V, edit, Z_0, V * Z_C, multipliers)
+    gram, pseudo_inverse = Z_0.T * Z_0, matrix("Z_0^{+}", QUERIES, IN)
 
-    def value(at: sp.MatrixExpr) -> sp.Expr:
-        return squared_norm(at) / 2 - dot(multipliers, (V + at) * Z_0 - V * Z_C)
-
-    stationary = rewritten(solved(gradient(value(edit), edit), edit), multipliers * Z_0.T)
     # The constraint is linear in Λ (Z₀ᵀZ₀): solve for that, then multiply by the inverse.
     product = rewritten(solved((V * Z_0 + right) - V * Z_C, right), V * (Z_C - Z_0))
     found = product * sp.Inverse(gram)
-    update = stationary.xreplace({multipliers: found})
-
-    single = weight_update()
-    W, a_0, a_C = single.arguments.values()
-    one_query = update.subs(QUERIES, 1).xreplace({V: W, Z_0.subs(QUERIES, 1): a_0, Z_C.subs(QUERIES, 1): a_C})
+    update = least.outer_product.xreplace({multipliers: found})
 
     return Derivation(
         name="joint_weight_update",
-        source=SOURCE,
-        assumptions=dict(
-            effect=Step(
-                "**Same pre-activations.** The columns are what the map reads, one for each token of the query, or for "
-                "each of several queries. For every column the edited map returns what the map returns with the "
-                "context.",
-                Asked((V + edit) * Z_0, V * Z_C),
-            ),
-            least_norm=Step("**Least norm.** We ask for the least such edit.", Minimise(squared_norm(edit) / 2)),
-            independent=Step(
-                f"**Independent reads.** The columns of ${latex(Z_0)}$ are linearly independent, so the matrix of "
-                "their inner products has an inverse.",
-                Nonzero(number(rf"\det({latex(gram)})")),
-            ),
-        ),
+        source="This book; one query: Dherin et al. 2025 (arXiv 2507.16003), version 4, Theorem 2.3",
+        assumptions=_assumptions(edit, gram),
         steps=dict(
             lagrangian=Step(
-                "**Lagrangian.** There is one multiplier for each output and column.", Identity(lagrangian, value(edit))
+                "**Lagrangian.** There is one multiplier for each output and column.",
+                Identity(least.value, least.names[least.value]),
             ),
             stationarity=Step(
                 "**Stationarity.** The gradient with respect to the edit is zero. So the rank is at most the number of "
                 "columns.",
-                Asked(edit, stationary),
+                Asked(edit, least.outer_product),
             ),
             normal_equations=Step(
                 "**Normal equations.** The constraint determines the multipliers.",
@@ -98,17 +76,42 @@ def joint_weight_update() -> Derivation:
             second_order=Step(
                 "**Minimum.** A change $N$ raises the Lagrangian by half its squared norm, so every other edit that "
                 "satisfies the constraint is larger.",
-                Asked(nearby - lagrangian, squared_norm(change) / 2),
+                Asked(least.nearby - least.value, squared_norm(N) / 2),
             ),
-            one_query=Step(
-                "**One column.** With one column the formula is that of `weight_update`.",
-                Identity(one_query, rank_one(W * (a_C - a_0), a_0)),
-            ),
+            one_query=_one_query(update),
         ),
         unknown=edit,
         result=update,
         statement=Asked(edit, V * (Z_C - Z_0) * pseudo_inverse),
         arguments={"V": V, "Z_without": Z_0, "Z_with": Z_C},
-        names={pseudo_inverse: sp.Inverse(gram) * Z_0.T, lagrangian: value(edit), nearby: value(edit + change)},
+        names={**least.names, pseudo_inverse: sp.Inverse(gram) * Z_0.T},
         solution={multipliers: found},
+    )
+
+
+def _one_query(update: Any) -> Step:
+    """Return the step that compares the update for one query with that of `weight_update`."""
+    W, a_0, a_C = weight_update().arguments.values()
+    of_one = update.subs(QUERIES, 1).xreplace({V: W, Z_0.subs(QUERIES, 1): a_0, Z_C.subs(QUERIES, 1): a_C})
+    return Step(
+        "**One column.** With one column the formula is that of `weight_update`.",
+        Identity(of_one, weight_update().result),
+    )
+
+
+def _assumptions(edit: Any, gram: Any) -> dict[str, Step]:
+    """Return what is asked of the edit, and of what the map reads."""
+    return dict(
+        effect=Step(
+            "**Same pre-activations.** The columns are what the map reads, one for each token of the query, or for "
+            "each of several queries. For every column the edited map returns what the map returns with the "
+            "context.",
+            Asked((V + edit) * Z_0, V * Z_C),
+        ),
+        least_norm=Step("**Least norm.** We ask for the least such edit.", Minimise(squared_norm(edit) / 2)),
+        independent=Step(
+            f"**Independent reads.** The columns of ${latex(Z_0)}$ are linearly independent, so the matrix of "
+            "their inner products has an inverse.",
+            Nonzero(number(rf"\det({latex(gram)})")),
+        ),
     )

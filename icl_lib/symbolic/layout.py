@@ -18,6 +18,7 @@ SHORT = 4.5
 
 WIDTHS = {"frac": 0.24, "tfrac": 0.24, "neq": 1.4, "odot": 1.4, "oslash": 1.4, "sum": 1.3, "top": 0.8, "cos": 1.5}
 THIN = {",": 0.17, ";": 0.28, "!": 0.0, "quad": 1.0, "|": 0.5, "left": 0.0, "right": 0.0, "Bigl": 0.2, "Bigr": 0.2}
+THIN |= dict.fromkeys(("boldsymbol", "mathcal", "mathrm", "operatorname", "bar", "text"), 0.0)  # set as their argument
 
 
 def width(formula: str, operator: float = 1.3) -> float:
@@ -39,7 +40,7 @@ def width(formula: str, operator: float = 1.3) -> float:
             below, at = _argument(formula, at)
             total += WIDTHS[name] + (1.0 if name == "frac" else 0.7) * max(width(above), width(below))
         elif token.startswith("\\"):
-            total += WIDTHS.get(name, THIN.get(name, 0.0 if _takes_an_argument(name) else 0.65))
+            total += WIDTHS.get(name, THIN.get(name, 0.65))
         elif token in "+-=":
             total += operator
         elif token in "()|[].,'":
@@ -107,7 +108,3 @@ def _argument(formula: str, at: int) -> tuple[str, int]:
         if not depth:
             return formula[at + 1 : end], end + 1
     raise ValueError(f"formula {formula!r} has a brace that is not closed.")
-
-
-def _takes_an_argument(name: str) -> bool:
-    return name in ("boldsymbol", "mathcal", "mathrm", "operatorname", "bar", "text")

@@ -3,6 +3,8 @@ r"""The step that each token makes, and the linear loss of which it is a gradien
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import sympy as sp
 
@@ -11,7 +13,7 @@ from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step, rewri
 from icl_lib.symbolic.notation import dot, latex, matrix, number, rank_one, squared_norm, vector
 from icl_lib.symbolic.weight_update import weight_update
 
-SOURCE = "Dherin et al. 2025 (arXiv 2507.16003), version 1, Proposition 3.1"
+G, U, DELTA, RATE = matrix("G"), matrix("U"), matrix(r"\Delta_i"), sp.Symbol(r"\eta", positive=True)
 TOKENS = 3
 """The sum of the steps is proved for three tokens; the induction step covers any number."""
 
@@ -20,16 +22,20 @@ class Tokens:
     """What is read, and the weights, before and after token i."""
 
     def __init__(self) -> None:
-        least = weight_update()
-        self.W, self.a_0, self.a_C = least.arguments.values()
-        self.formula = least.result
+        self.W, self.a_0, _ = weight_update().arguments.values()
         self.before, self.now = vector("a", index="i-1"), vector("a", index="i")
         self.W_before, self.W_now = matrix("W_{i-1}"), matrix("W_i")
+        self.symbols = self.W, self.a_0, self.before, self.now, self.W_before, self.W_now
         self.weights = {self.W_before: self.weights_for(self.before), self.W_now: self.weights_for(self.now)}
+
+    def update_for(self, read: sp.MatrixExpr) -> sp.MatrixExpr:
+        """Return the weight update that belongs to what is read."""
+        least = weight_update()
+        return least.result.xreplace({least.arguments["a_with"]: read})
 
     def weights_for(self, read: sp.MatrixExpr) -> sp.MatrixExpr:
         """Return the edited weights that belong to what is read."""
-        return self.W + self.formula.xreplace({self.a_C: read})
+        return self.W + self.update_for(read)
 
     def assumptions(self) -> dict[str, Step]:
         """Return what the weights are, and what is not zero."""
@@ -78,106 +84,112 @@ def linear_losses() -> Derivation:
            [-0.5, -0.5]])
     """
     tokens = Tokens()
-    W, a_0, before, now = tokens.W, tokens.a_0, tokens.before, tokens.now
-    W_before, W_now = tokens.W_before, tokens.W_now
-    U, G, Delta, rate = matrix("U"), matrix("G"), matrix(r"\Delta_i"), sp.Symbol(r"\eta", positive=True)
-    any_loss, loss, slope = number("L(U)"), number("L_i(U)"), matrix(r"\nabla L")
-    t, lower = number("t"), number(r"L_i(U - t \Delta_i)")
-
+    W, a_0, before, now, W_before, W_now = tokens.symbols
     step = rewritten(tokens.weights[W_now] - tokens.weights[W_before], rank_one(W * (now - before), a_0))
-    own_gradient = gradient(dot(G, U), U)
-    coefficients = rewritten(solved(step + rate * own_gradient, G), -step / rate)
-    found = rewritten(coefficients.xreplace({rate: 1 / squared_norm(a_0)}), W * (before - now) * a_0.T)
-
-    M_before, M_now = matrix("M_{i-1}"), matrix("M_i")
-    of_any = rewritten(solved(M_now - M_before + rate * own_gradient, G), (M_before - M_now) / rate)
-    any_slope = matrix("G'")
-
-    reads = (a_0, *(vector("a", index=str(k)) for k in range(1, TOKENS + 1)))
-    instances = tuple(
-        {W_now: tokens.weights_for(reads[k]), W_before: tokens.weights_for(reads[k - 1])} for k in range(1, TOKENS + 1)
-    )
-    # The updates of no token, of i - 1 and of i tokens.
-    updates = [matrix(rf"\Delta W({of})") for of in (r"\varnothing", r"c_1 \dots c_{i-1}", r"c_1 \dots c_i")]
-    difference = matrix("(W_i - W_{i-1})")
-    steps, added = total(r"\sum_{i=1}^{n}", W_now - W_before, instances)
-    last = vector("a", index="n")
+    losses, of_losses, solution = _losses(tokens, step)
+    sums, of_sums = _all_tokens(tokens)
 
     return Derivation(
         name="linear_losses",
-        source=SOURCE,
+        source="Dherin et al. 2025 (arXiv 2507.16003), version 1, Proposition 3.1",
         assumptions=tokens.assumptions(),
         steps=dict(
             step=Step(
                 f"**The step of token $i$.** We subtract. The right factor is ${latex(a_0)}$ for every token.",
                 Identity(W_now - W_before, step),
             ),
-            unknown_loss=Step(
-                "**A linear loss with unknown coefficients.** Its gradient is the matrix of its coefficients, wherever "
-                "it is taken.",
-                Identity(any_loss, dot(G, U)),
-                Identity(slope, G),
-            ),
-            coefficients=Step(
-                "**Its coefficients.** We ask that the step be a gradient step at some rate $\\eta$, and solve for the "
-                "coefficients. Every rate has its loss.",
-                Asked(W_now, W_before - rate * G),
-                Asked(G, coefficients),
-            ),
-            rate=Step(
-                "**A rate.** With this rate the denominator cancels. This is the loss of the proposition, and "
-                "$\\Delta_i$ is its gradient.",
-                Asked(rate, 1 / squared_norm(a_0)),
-                Asked(G, Delta),
-                Identity(Delta, found),
-            ),
-            descent=Step(
-                "**Gradient descent.** So every token makes a step of gradient descent on a loss of its own.",
-                Identity(W_now, W_before - Delta / squared_norm(a_0)),
-                Identity(loss, dot(Delta, U)),
-            ),
-            any_two_matrices=Step(
-                "**Any two matrices.** The loss was read off the step. The same equation can be solved for any two "
-                "matrices, so any sequence of matrices is gradient descent on such losses.",
-                Identity(M_now, M_before - rate * any_slope),
-                Identity(any_slope, of_any),
-            ),
-            no_minimum=Step(
-                "**No minimum.** Unless its gradient is zero, the loss falls without bound along the negative "
-                "gradient, as any linear function does.",
-                Identity(lower, loss - t * squared_norm(Delta)),
-            ),
-            induction=Step(
-                "**One token more.** Without tokens the update is zero. The update of the first $i$ tokens is that of "
-                "the first $i - 1$ plus the step of token $i$.",
-                Identity(updates[0], sp.ZeroMatrix(*W.shape)),
-                Identity(updates[2], updates[1] + difference),
-            ),
-            sum=Step(
-                "**All tokens.** By induction, the steps of all tokens add up to the update of the whole context.",
-                Identity(steps, rank_one(W * (last - a_0), a_0)),
-            ),
+            **losses,
+            **sums,
         ),
         unknown=matrix("W_i - W_{i-1}"),
         result=step,
-        statement=Asked(matrix("W_i - W_{i-1}"), -Delta / squared_norm(a_0), step),
+        statement=Asked(matrix("W_i - W_{i-1}"), -DELTA / squared_norm(a_0), step),
         arguments={"W": W, "a_without": a_0, "a_before": before, "a_now": now},
-        names={
-            **tokens.weights,
-            any_loss: dot(G, U),
-            slope: own_gradient,
-            Delta: found,
-            loss: dot(found, U),
-            lower: dot(found, U - t * found),
-            any_slope: of_any,
-            steps: added,
-            last: reads[-1],
-            difference: W_now - W_before,
-            **{
-                name: tokens.formula.xreplace({tokens.a_C: read})
-                for name, read in zip(updates, (a_0, before, now), strict=True)
-            },
-        },
-        solution={G: coefficients, rate: 1 / squared_norm(a_0)},
+        names={**tokens.weights, **of_losses, **of_sums},
+        solution=solution,
         beyond=lambda candidate: (Identity(W_before + candidate, W_now),),
     )
+
+
+def _coefficients(step: Any) -> Any:
+    """Return the coefficients of the linear loss of which a step is a gradient step."""
+    return rewritten(solved(step + RATE * gradient(dot(G, U), U), G), -step / RATE)
+
+
+def _losses(tokens: Tokens, step: Any) -> tuple[dict[str, Step], dict[Any, Any], dict[Any, Any]]:
+    """Return the steps that find the loss and say what it is worth, the names in them, and what is solved for."""
+    W, a_0, before, now, W_before, W_now = tokens.symbols
+    any_loss, loss, slope = number("L(U)"), number("L_i(U)"), matrix(r"\nabla L")
+    t, lower = number("t"), number(r"L_i(U - t \Delta_i)")
+    solution = {G: _coefficients(step), RATE: 1 / squared_norm(a_0)}
+    found = rewritten(solution[G].xreplace({RATE: solution[RATE]}), W * (before - now) * a_0.T)
+    M_before, M_now, any_slope = matrix("M_{i-1}"), matrix("M_i"), matrix("G'")
+    of_any = rewritten(_coefficients(M_now - M_before), (M_before - M_now) / RATE)
+
+    steps = dict(
+        unknown_loss=Step(
+            "**A linear loss with unknown coefficients.** Its gradient is the matrix of its coefficients, wherever "
+            "it is taken.",
+            Identity(any_loss, dot(G, U)),
+            Identity(slope, G),
+        ),
+        coefficients=Step(
+            "**Its coefficients.** We ask that the step be a gradient step at some rate $\\eta$, and solve for the "
+            "coefficients. Every rate has its loss.",
+            Asked(W_now, W_before - RATE * G),
+            Asked(G, solution[G]),
+        ),
+        rate=Step(
+            "**A rate.** With this rate the denominator cancels. This is the loss of the proposition, and "
+            "$\\Delta_i$ is its gradient.",
+            Asked(RATE, solution[RATE]),
+            Asked(G, DELTA),
+            Identity(DELTA, found),
+        ),
+        descent=Step(
+            "**Gradient descent.** So every token makes a step of gradient descent on a loss of its own.",
+            Identity(W_now, W_before - DELTA / squared_norm(a_0)),
+            Identity(loss, dot(DELTA, U)),
+        ),
+        any_two_matrices=Step(
+            "**Any two matrices.** The loss was read off the step. The same equation can be solved for any two "
+            "matrices, so any sequence of matrices is gradient descent on such losses.",
+            Identity(M_now, M_before - RATE * any_slope),
+            Identity(any_slope, of_any),
+        ),
+        no_minimum=Step(
+            "**No minimum.** Unless its gradient is zero, the loss falls without bound along the negative "
+            "gradient, as any linear function does.",
+            Identity(lower, loss - t * squared_norm(DELTA)),
+        ),
+    )
+    names = {any_loss: dot(G, U), slope: gradient(dot(G, U), U), any_slope: of_any, DELTA: found}
+    return steps, {**names, loss: dot(found, U), lower: dot(found, U - t * found)}, solution
+
+
+def _all_tokens(tokens: Tokens) -> tuple[dict[str, Step], dict[Any, Any]]:
+    """Return the steps that add up the steps of all tokens, and the names in them."""
+    W, a_0, before, now, W_before, W_now = tokens.symbols
+    reads = (a_0, *(vector("a", index=str(k)) for k in range(1, TOKENS + 1)))
+    weights = pairwise(tokens.weights_for(read) for read in reads)
+    instances = tuple({W_before: old, W_now: new} for old, new in weights)
+    added, meaning = total(r"\sum_{i=1}^{n}", W_now - W_before, instances)
+    last, difference = vector("a", index="n"), matrix("(W_i - W_{i-1})")
+    updates = {
+        matrix(rf"\Delta W({of})"): tokens.update_for(read)
+        for of, read in ((r"\varnothing", a_0), (r"c_1 \dots c_{i-1}", before), (r"c_1 \dots c_i", now))
+    }
+    of_none, of_before, of_now = updates
+    steps = dict(
+        induction=Step(
+            "**One token more.** Without tokens the update is zero. The update of the first $i$ tokens is that of "
+            "the first $i - 1$ plus the step of token $i$.",
+            Identity(of_none, sp.ZeroMatrix(*W.shape)),
+            Identity(of_now, of_before + difference),
+        ),
+        sum=Step(
+            "**All tokens.** By induction, the steps of all tokens add up to the update of the whole context.",
+            Identity(added, rank_one(W * (last - a_0), a_0)),
+        ),
+    )
+    return steps, {added: meaning, last: reads[-1], difference: W_now - W_before, **updates}

@@ -46,6 +46,7 @@ class HeadStep:
         self.target = rewritten(self.at_any_rate.xreplace({STEP_RATE: self.rate}), W * (tokens.before - before + value))
         self.loss = self.loss_towards(target)
         self.gradient = gradient(self.loss, self.U)
+        self.descent = self.gradient.xreplace({target: self.target, self.U: tokens.W_before})
         self.solution = {target: self.target, STEP_RATE: self.rate}
 
     def loss_towards(self, target: Any) -> sp.Expr:
@@ -80,13 +81,13 @@ def normalised_lms() -> Derivation:
            [1.  , 1.  ]])
     """
     tokens, value, target = Tokens(), vector("v", index="i"), vector("t", OUT, "i")
-    W, a_0, before, W_before, W_now = tokens.W, tokens.a_0, tokens.before, tokens.W_before, tokens.W_now
-    head = HeadStep(tokens, before, value, RATE, target)
-    told, names = _loss_and_rate(tokens, head, target)
-    read, now = average_of(before, value, RATE), tokens.now
+    W, a_0, before, now, W_before, W_now = tokens.symbols
+    head, read = HeadStep(tokens, before, value, RATE, target), average_of(before, value, RATE)
     step = (tokens.weights[W_now] - tokens.weights[W_before]).xreplace({now: read})
     to_target = W_before * a_0 - W * value
-    result = W_before - RATE / squared_norm(a_0) * to_target * a_0.T
+    norm = squared_norm(a_0)
+    result = W_before - RATE / norm * to_target * a_0.T
+    told, names = _loss(tokens, head, target)
 
     return Derivation(
         name="normalised_lms",
@@ -122,9 +123,7 @@ def normalised_lms() -> Derivation:
             size=Step(
                 "**Size of the step.** Where attention is spread over many tokens, each weight is small, and so is "
                 "each step.",
-                Identity(
-                    squared_norm(W_now - W_before), RATE**2 * squared_norm(W * (value - before)) / squared_norm(a_0)
-                ),
+                Identity(squared_norm(W_now - W_before), RATE**2 * squared_norm(W * (value - before)) / norm),
             ),
         ),
         unknown=matrix("W'_i"),
@@ -133,14 +132,11 @@ def normalised_lms() -> Derivation:
         arguments={"W": W, "W_before": W_before, "a_without": a_0, "v": value, "alpha": RATE},
         names={now: read, **tokens.weights, **names},
         solution=head.solution,
-        beyond=lambda candidate: (
-            Identity(candidate, W_now),
-            Identity(candidate, W_before - head.rate * head.gradient.xreplace({target: head.target, head.U: W_before})),
-        ),
+        beyond=lambda candidate: (Identity(candidate, W_now), Identity(candidate, W_before - head.rate * head.descent)),
     )
 
 
-def _loss_and_rate(tokens: Tokens, head: HeadStep, target: Any) -> tuple[dict[str, Step], dict[Any, Any]]:
+def _loss(tokens: Tokens, head: HeadStep, target: Any) -> tuple[dict[str, Step], dict[Any, Any]]:
     """Return the steps that find a loss and its rate, and the names in them."""
     a_0, before, W_before = tokens.a_0, tokens.before, tokens.W_before
     slope = matrix(r"\nabla\ell_i(U)")

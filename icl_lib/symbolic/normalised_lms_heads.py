@@ -12,8 +12,6 @@ from icl_lib.symbolic.linear_losses import Tokens
 from icl_lib.symbolic.normalised_lms import STEP_RATE, HeadStep, average_of
 from icl_lib.symbolic.notation import OUT, checked_sizes, latex, matrix, number, rank_one, squared_norm, vector
 
-SOURCE = "This book"
-
 
 class Heads:
     """One head h, which stands for all, and the heads that are added up."""
@@ -27,25 +25,45 @@ class Heads:
             self.now: average_of(self.before, self.value, self.rate),
             self.part: self.step.column * tokens.a_0.T,
         }
-        gradient = self.step.gradient.xreplace({self.target: self.step.target, self.step.U: tokens.W_before})
-        self.slope = matrix(r"\nabla\ell_i^h(W_{i-1})")
+        self.slope, self.own_loss = matrix(r"\nabla\ell_i^h(W_{i-1})"), number(r"\ell_i^h(U)")
 
         numbers = range(1, count + 1)
         self.rates = tuple(sp.Symbol(rf"\alpha_i^{k}", positive=True) for k in numbers)
         self.befores = tuple(vector("a", index="i-1", upper=str(k)) for k in numbers)
         self.values = tuple(vector("v", index="i", upper=str(k)) for k in numbers)
-        self.instances = []
+        self.arguments = {"a_before": self.befores, "v": self.values, "alpha": self.rates}
+        by_head, self.instances = {**self.names, self.slope: self.step.descent}, []
         for own in zip(self.rates, self.befores, self.values, strict=True):
             of_head = dict(zip((self.rate, self.before, self.value), own, strict=True))
-            by_name = {
-                name: meaning.xreplace(of_head) for name, meaning in (*self.names.items(), (self.slope, gradient))
-            }
-            self.instances.append({**by_name, **of_head})
+            self.instances.append({name: meaning.xreplace(of_head) for name, meaning in by_head.items()} | of_head)
+        self.names[self.own_loss] = self.step.loss
 
     def sum(self, term: Any) -> Any:
         """Return the symbol of a sum over heads, whose terms are added to the names."""
         symbol, self.names[symbol] = total(r"\sum_h", term, tuple(self.instances))
         return symbol
+
+    def own_steps(self, before: Any) -> dict[str, Step]:
+        """Return the steps that find the loss of a head and its rate."""
+        return dict(
+            target_for_a_rate=Step(
+                "**A target for every rate.** We ask that the part of head $h$ be a gradient step at some rate "
+                "$\\eta$, and solve for the target.",
+                Identity(self.own_loss, self.step.loss),
+                Asked(self.target, self.step.at_any_rate),
+            ),
+            rate=Step(
+                f"**The rate.** The target must not depend on ${latex(self.before)}$, what this head read before. So "
+                "its coefficient must vanish, with the attention weight held fixed.",
+                Asked(self.step.share, sp.S.Zero),
+                Asked(STEP_RATE, self.step.rate),
+            ),
+            target=Step(
+                f"**The target.** In ${latex(before)}$ the output of this head is replaced by the value of token $i$. "
+                "The other heads keep what they have read.",
+                Asked(self.target, self.step.target),
+            ),
+        )
 
 
 @lru_cache(maxsize=None, typed=True)
@@ -82,17 +100,16 @@ def normalised_lms_heads(heads: int = 2) -> Derivation:
     """
     checked_sizes(heads=heads)
     tokens = Tokens()
-    W, a_0, before, now, W_before = tokens.W, tokens.a_0, tokens.before, tokens.now, tokens.W_before
+    W, a_0, before, now, W_before, W_now = tokens.symbols
     head = Heads(tokens, heads)
     sum_before, sum_now, sum_of_parts = head.sum(head.before), head.sum(head.now), head.sum(head.part)
     sum_of_steps = head.sum(head.rate / squared_norm(a_0) * head.slope)
     equal, at_one_rate = _equal_rates(tokens, head, head.names[sum_of_parts])
-    own_loss = number(r"\ell_i^h(U)")
-    names = {now: head.names[sum_now], before: head.names[sum_before], own_loss: head.step.loss, **at_one_rate}
+    names = {now: head.names[sum_now], before: head.names[sum_before], **at_one_rate}
 
     return Derivation(
         name="normalised_lms_heads",
-        source=SOURCE,
+        source="This book",
         assumptions=dict(
             heads=Step(
                 "**Several heads.** The layer outputs the sum over heads. Each head has attention weights and values "
@@ -107,46 +124,23 @@ def normalised_lms_heads(heads: int = 2) -> Derivation:
             before=tokens.before_the_step(),
             parts=Step(
                 "**A part for each head.** We put the averages into both updates and subtract.",
-                Identity(tokens.W_now - W_before, sum_of_parts),
+                Identity(W_now - W_before, sum_of_parts),
                 Identity(head.part, head.names[head.part]),
             ),
-            target_for_a_rate=Step(
-                "**A target for every rate.** We ask that the part of head $h$ be a gradient step at some rate "
-                "$\\eta$, and solve for the target.",
-                Identity(own_loss, head.step.loss),
-                Asked(head.target, head.step.at_any_rate),
-            ),
-            rate=Step(
-                f"**The rate.** The target must not depend on ${latex(head.before)}$, what this head read before. So "
-                "its coefficient must vanish, with the attention weight held fixed.",
-                Asked(head.step.share, sp.S.Zero),
-                Asked(STEP_RATE, head.step.rate),
-            ),
-            target=Step(
-                f"**The target.** In ${latex(before)}$ the output of this head is replaced by the value of token $i$. "
-                "The other heads keep what they have read.",
-                Asked(head.target, head.step.target),
-            ),
+            **head.own_steps(before),
             together=Step(
                 "**All heads at once.** Every gradient is taken at $W_{i-1}$, and the steps are added.",
-                Identity(tokens.W_now, W_before - sum_of_steps),
+                Identity(W_now, W_before - sum_of_steps),
             ),
             equal_rates=equal,
         ),
         unknown=matrix("W'_i"),
         result=(W_before - head.names[sum_of_steps]).xreplace({before: names[before]}),
-        statement=Identity(tokens.W_now, W_before - sum_of_steps),
-        arguments={
-            "W": W,
-            "W_before": W_before,
-            "a_without": a_0,
-            "a_before": head.befores,
-            "v": head.values,
-            "alpha": head.rates,
-        },
+        statement=Identity(W_now, W_before - sum_of_steps),
+        arguments={"W": W, "W_before": W_before, "a_without": a_0, **head.arguments},
         names={**tokens.weights, **head.names, **names},
         solution=head.step.solution,
-        beyond=lambda candidate: (Identity(candidate, tokens.W_now),),
+        beyond=lambda candidate: (Identity(candidate, W_now),),
     )
 
 

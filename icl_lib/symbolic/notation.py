@@ -77,25 +77,6 @@ def dot(left: Any, right: Any) -> sp.Expr:
     return sp.Trace(left.T * right)
 
 
-def column(letter: str, size: int, label: str = "") -> sp.ImmutableMatrix:
-    """Return a column of real symbols, numbered from 1, for the derivation entry by entry.
-
-    >>> column("a", 2, "0").T
-    Matrix([[a_{0,1}, a_{0,2}]])
-    """
-    prefix = f"{label}," if label else ""
-    return sp.ImmutableMatrix(size, 1, lambda i, _: sp.Symbol(f"{letter}_{{{prefix}{i + 1}}}", real=True))
-
-
-def entries(letter: str, rows: int, columns: int) -> sp.ImmutableMatrix:
-    """Return a matrix of real symbols, numbered from 1.
-
-    >>> entries("W", 1, 2)
-    Matrix([[W_{1,1}, W_{1,2}]])
-    """
-    return sp.ImmutableMatrix(rows, columns, lambda i, j: sp.Symbol(f"{letter}_{{{i + 1},{j + 1}}}", real=True))
-
-
 def checked_sizes(**sizes: Any) -> None:
     """Raise a ValueError unless every size is a positive whole number."""
     for name, value in sizes.items():

@@ -10,8 +10,6 @@ from icl_lib.symbolic.derivation import Asked, Derivation, Minimise, Nonzero, St
 from icl_lib.symbolic.notation import OUT, latex, matrix, squared_norm, vector
 from icl_lib.symbolic.weight_update import LeastEdit
 
-SOURCE = "Goldwaser et al. 2026 (arXiv 2511.17864), Theorem 1; least norm: this book"
-
 
 @cache
 def output_update() -> Derivation:
@@ -39,7 +37,7 @@ def output_update() -> Derivation:
 
     return Derivation(
         name="output_update",
-        source=SOURCE,
+        source="Goldwaser et al. 2026 (arXiv 2511.17864), Theorem 1; least norm: this book",
         assumptions=dict(
             effect=Step(
                 f"**Added change.** The last map reads the hidden activation ${latex(y)}$. With the edit its output "

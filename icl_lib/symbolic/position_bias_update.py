@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from icl_lib.symbolic.algebra import expanded, solved
-from icl_lib.symbolic.bias_update import bias_update
+from icl_lib.symbolic.bias_update import bias_update, reads_the_same
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step, rewritten
 from icl_lib.symbolic.notation import latex
 from icl_lib.symbolic.position_weight_update import SOURCE, ResidualBlock, position_weight_update
@@ -53,10 +53,7 @@ def position_bias_update() -> Derivation:
             ),
         ),
         steps=dict(
-            reads=Step(
-                "**The activation reads the same.** So it returns the same, whatever function it is.",
-                Identity((W + edit) * f + block.b, W * g + block.b),
-            ),
+            reads=reads_the_same((W + edit) * f + block.b, W * g + block.b),
             left_over=Step(
                 "**What is left over.** In the difference of the outputs $b'$ and the whole MLP cancel.",
                 Identity(block.edited - block.prompted, remaining),

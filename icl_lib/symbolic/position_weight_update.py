@@ -7,9 +7,9 @@ from functools import cache
 import sympy as sp
 
 from icl_lib.symbolic.algebra import Applied, after
-from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Minimise, Nonzero, Step, rewritten
+from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Minimise, Nonzero, Step, is_least, rewritten
 from icl_lib.symbolic.notation import IN, OUT, latex, matrix, rank_one, squared_norm, vector
-from icl_lib.symbolic.weight_update import is_least, weight_update
+from icl_lib.symbolic.weight_update import weight_update
 
 SOURCE = "Innocenti, Achour 2025 (arXiv 2512.11255), version 1, Theorem 1"
 ACTIVATION, NORM = r"\sigma", r"\operatorname{LN}'"
@@ -34,16 +34,13 @@ class ResidualBlock:
         self.bias_edit = sp.MatrixSymbol(rf"\Delta b'_{position}", IN, 1)
         self.prompted = sp.MatrixSymbol(rf"T(C, x)_{position}", IN, 1)
         self.edited = sp.MatrixSymbol(rf"T_{{W + \Delta W_{position},\, b' + \Delta b'_{position}}}(x)", IN, 1)
-        self.reads = {
+        self.names = {
+            self.prompted: self.h + self.W_out * self.active(self.W, self.g) + self.b_out,
+            self.edited: self.h_0 + self.W_out * self.active(self.W + self.edit, self.f) + self.b_out + self.bias_edit,
             self.h: self.c + self.A,
             self.h_0: self.x + self.A_0,
             self.g: Applied(NORM, (IN, 1), self.h),
             self.f: Applied(NORM, (IN, 1), self.h_0),
-        }
-        self.names = {
-            self.prompted: self.h + self.W_out * self.active(self.W, self.g) + self.b_out,
-            self.edited: self.h_0 + self.W_out * self.active(self.W + self.edit, self.f) + self.b_out + self.bias_edit,
-            **self.reads,
         }
 
     def active(self, weight: sp.MatrixExpr, read: sp.MatrixExpr) -> Applied:

@@ -3,6 +3,7 @@ r"""Attention outputs an average, so one more token moves it a part of the way t
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import sympy as sp
 
@@ -11,6 +12,19 @@ from icl_lib.symbolic.notation import WIDTH, latex, number, vector
 
 RATE = sp.Symbol(r"\alpha_i", positive=True)
 BEFORE, NOW, VALUE = vector("a", WIDTH, "i-1"), vector("a", WIDTH, "i"), vector("v", WIDTH, "i")
+SUM, SUM_NOW = vector("w", WIDTH, "i-1"), vector("w", WIDTH, "i")
+TOTAL, TOTAL_NOW = sp.Symbol(r"Z_{i-1}", positive=True), sp.Symbol("Z_i", positive=True)
+OTHER, OTHER_BEFORE = (sp.Symbol(rf"\alpha_j^{{({k})}}", positive=True) for k in ("i", "i-1"))
+SCORE = number("s_i")
+NAMES = {
+    TOTAL_NOW: TOTAL + sp.exp(SCORE),
+    SUM_NOW: SUM + sp.exp(SCORE) * VALUE,
+    BEFORE: SUM / TOTAL,
+    NOW: SUM_NOW / TOTAL_NOW,
+    RATE: sp.exp(SCORE) / TOTAL_NOW,
+    OTHER: sp.exp(number("s_j")) / TOTAL_NOW,
+    OTHER_BEFORE: sp.exp(number("s_j")) / TOTAL,
+}
 
 
 @cache
@@ -41,28 +55,8 @@ def running_average() -> Derivation:
     >>> derivation.lambdify()(np.array(0.25), np.array([4.0, 0.0]), np.array([0.0, 8.0]))
     array([3., 2.])
     """
-    score, count = number("s_i"), sp.Symbol("i", positive=True)
-    total = sp.Symbol(r"Z_{i-1}", positive=True)
-    total_now, other, other_before = (
-        sp.Symbol(name, positive=True) for name in ("Z_i", r"\alpha_j^{(i)}", r"\alpha_j^{(i-1)}")
-    )
-    weighted, weighted_now = vector("w", WIDTH, "i-1"), vector("w", WIDTH, "i")
-    other_score = number("s_j")
-    names = {
-        total_now: total + sp.exp(score),
-        weighted_now: weighted + sp.exp(score) * VALUE,
-        BEFORE: weighted / total,
-        NOW: weighted_now / total_now,
-        RATE: sp.exp(score) / total_now,
-        other: sp.exp(other_score) / total_now,
-        other_before: sp.exp(other_score) / total,
-    }
     result = BEFORE + RATE * (VALUE - BEFORE)
-    plain, plain_now = vector("m", WIDTH, "i-1"), vector("m", WIDTH, "i")
-    mean_names = {plain_now: (count * plain + score * VALUE) / (count + 1)}
-    rewritten(mean_names[plain_now], result.xreplace({BEFORE: plain, VALUE: score * VALUE, RATE: 1 / (count + 1)}))
-    same = number("s")
-    equal_scores = sp.exp(same) / (count * sp.exp(same) + sp.exp(same))
+    told, names = _equal_rates(result)
 
     return Derivation(
         name="running_average",
@@ -70,24 +64,24 @@ def running_average() -> Derivation:
         "rescaling of values: Dao et al. 2022 (arXiv 2205.14135)",
         assumptions=dict(
             sums=Step(
-                f"**Two sums.** $Z_i$ adds up $e^{{s_j}}$ and ${latex(weighted_now)}$ adds up $e^{{s_j}} "
+                f"**Two sums.** $Z_i$ adds up $e^{{s_j}}$ and ${latex(SUM_NOW)}$ adds up $e^{{s_j}} "
                 "\\boldsymbol{v}_j$ over the query, which counts as token 0, and the first $i$ tokens. A new token "
                 "adds one term to each and changes no other.",
-                Identity(total_now, names[total_now]),
-                Identity(weighted_now, names[weighted_now]),
+                Identity(TOTAL_NOW, NAMES[TOTAL_NOW]),
+                Identity(SUM_NOW, NAMES[SUM_NOW]),
             ),
             average=Step(
                 "**Softmax attention.** The output of the head is the average of the values with the attention "
                 "weights.",
-                Identity(NOW, names[NOW]),
-                Identity(RATE, names[RATE]),
+                Identity(NOW, NAMES[NOW]),
+                Identity(RATE, NAMES[RATE]),
             ),
-            nonzero=Step("**Something to average.** There is at least the query.", Nonzero(total)),
+            nonzero=Step("**Something to average.** There is at least the query.", Nonzero(TOTAL)),
         ),
         steps=dict(
             others=Step(
                 "**The others lose.** The attention weight of every other token is multiplied by $1 - \\alpha_i$.",
-                Identity(other, (1 - RATE) * other_before),
+                Identity(OTHER, (1 - RATE) * OTHER_BEFORE),
             ),
             recursion=Step(
                 "**Recursion.** So the old average is multiplied by it as well, and the new value is added with its "
@@ -95,21 +89,33 @@ def running_average() -> Derivation:
                 Identity(NOW, (1 - RATE) * BEFORE + RATE * VALUE),
                 Identity(NOW, result),
             ),
-            equal_scores=Step(
-                "**Equal scores.** If all scores are equal, the rate is that of a plain mean of $i + 1$ values. Then "
-                "$Z_{i-1}$ is $i\\, e^s$.",
-                Identity(equal_scores, 1 / (count + 1)),
-            ),
-            plain_mean=Step(
-                "**Linear attention and mean pooling.** A mean of $s_j \\boldsymbol{v}_j$ has this rate whatever the "
-                "scores are. The scores set the target, not the fraction of the way to it.",
-                Identity(plain_now, plain + (score * VALUE - plain) / (count + 1)),
-            ),
+            **told,
         ),
         unknown=NOW,
         result=result,
         statement=Identity(NOW, result),
         arguments={"alpha": RATE, "a_before": BEFORE, "v": VALUE},
-        names={**names, **mean_names},
+        names={**NAMES, **names},
         beyond=lambda candidate: (Identity(candidate, NOW),),
     )
+
+
+def _equal_rates(result: Any) -> tuple[dict[str, Step], dict[Any, Any]]:
+    """Return the steps about averages whose rate does not depend on the scores, and the names in them."""
+    count, same = sp.Symbol("i", positive=True), number("s")
+    plain, plain_now = vector("m", WIDTH, "i-1"), vector("m", WIDTH, "i")
+    mean = (count * plain + SCORE * VALUE) / (count + 1)
+    rewritten(mean, result.xreplace({BEFORE: plain, VALUE: SCORE * VALUE, RATE: 1 / (count + 1)}))
+    steps = dict(
+        equal_scores=Step(
+            "**Equal scores.** If all scores are equal, the rate is that of a plain mean of $i + 1$ values. Then "
+            "$Z_{i-1}$ is $i\\, e^s$.",
+            Identity(sp.exp(same) / (count * sp.exp(same) + sp.exp(same)), 1 / (count + 1)),
+        ),
+        plain_mean=Step(
+            "**Linear attention and mean pooling.** A mean of $s_j \\boldsymbol{v}_j$ has this rate whatever the "
+            "scores are. The scores set the target, not the fraction of the way to it.",
+            Identity(plain_now, plain + (SCORE * VALUE - plain) / (count + 1)),
+        ),
+    )
+    return steps, {plain_now: mean}

@@ -10,8 +10,6 @@ from icl_lib.symbolic.algebra import solved
 from icl_lib.symbolic.derivation import Asked, Derivation, Nonzero, Step, rewritten
 from icl_lib.symbolic.notation import WIDTH, latex, vector
 
-SOURCE = "Goldwaser et al. 2026 (arXiv 2511.17864), Theorem 1"
-
 
 @cache
 def scale_update() -> Derivation:
@@ -45,7 +43,7 @@ def scale_update() -> Derivation:
 
     return Derivation(
         name="scale_update",
-        source=SOURCE,
+        source="Goldwaser et al. 2026 (arXiv 2511.17864), Theorem 1",
         assumptions=dict(
             effect=Step(
                 f"**Added change.** The norm scales ${latex(normed)}$ by ${latex(scale)}$, entry by entry. With the "

@@ -7,10 +7,9 @@ from functools import cache
 import sympy as sp
 
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step
-from icl_lib.symbolic.notation import WIDTH, matrix, number, vector
+from icl_lib.symbolic.notation import HEAD, WIDTH, matrix, number, vector
 
-SOURCE = "Vaswani et al. 2017 (arXiv 1706.03762), equation 1, for one token"
-HEAD, TOKENS = sp.symbols("h n", integer=True, positive=True)
+TOKENS = sp.Symbol("n", integer=True, positive=True)
 
 
 @cache
@@ -54,7 +53,7 @@ def single_token_attention() -> Derivation:
 
     return Derivation(
         name="single_token_attention",
-        source=SOURCE,
+        source="Vaswani et al. 2017 (arXiv 1706.03762), equation 1, for one token",
         assumptions=dict(
             softmax=Step(
                 "**Softmax.** The attention weights of $n$ tokens are the exponentials of their scores, divided by "
@@ -83,16 +82,12 @@ def single_token_attention() -> Derivation:
         statement=Asked(answer, W_O * W_V * x),
         arguments={"W_O": W_O, "W_V": W_V, "x": x},
         names={share: weight, all_shares: added, first: only_weight, output: of_many},
-        beyond=lambda candidate: (Identity(_entries(candidate), _by_definition(W_O, W_V, x)),),
+        beyond=lambda candidate: (Identity(_sizes(candidate).as_explicit(), _by_definition(W_O, W_V, x)),),
     )
 
 
 def _sizes(whole: sp.MatrixExpr) -> sp.MatrixExpr:
     return whole.subs({WIDTH: 2, HEAD: 2})
-
-
-def _entries(candidate: sp.MatrixExpr) -> sp.ImmutableMatrix:
-    return sp.ImmutableMatrix(_sizes(candidate).as_explicit())
 
 
 def _by_definition(W_O: sp.MatrixSymbol, W_V: sp.MatrixSymbol, x: sp.MatrixSymbol) -> sp.ImmutableMatrix:

@@ -3,6 +3,7 @@ r"""The edits of what a norm reads and of its scale, for a norm that must output
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import sympy as sp
 
@@ -38,16 +39,11 @@ def turning_update() -> Derivation:
     wanted, read, scale = vector("t", WIDTH), vector("o", WIDTH), vector(r"\gamma", WIDTH)
     normed, new = sp.MatrixSymbol(r"\bar{\boldsymbol{o}}", WIDTH, 1), sp.MatrixSymbol(r"\boldsymbol{o}'", WIDTH, 1)
     divisor, stretch = (sp.Symbol(name, positive=True) for name in (r"\rho", r"\kappa"))
-    diagonal = sp.DiagMatrix(scale)
-    unscaled = vector(r"\tau", WIDTH)
+    diagonal, unscaled = sp.DiagMatrix(scale), vector(r"\tau", WIDTH)
     new_scale = sp.MatrixSymbol(r"\boldsymbol{\gamma}'", WIDTH, 1)
     names = {new_scale: stretch * scale, normed: read / divisor, unscaled: sp.Inverse(diagonal) * wanted}
 
-    # κ from the length: ‖τ/κ‖ = ‖ō‖. Then o' = ρτ/κ.
-    [squared] = sp.solve(sp.Symbol("T") / sp.Symbol("K") - sp.Symbol("O"), sp.Symbol("K"))
-    lengths = {sp.Symbol("T"): squared_norm(unscaled), sp.Symbol("O"): squared_norm(normed)}
-    found = sp.sqrt(squared_norm(unscaled)) / sp.sqrt(squared_norm(normed))
-    rewritten(squared.xreplace(lengths), found**2)
+    found = _stretch(unscaled, normed)
     turned = sp.sqrt(squared_norm(read)) / sp.sqrt(squared_norm(unscaled)) * unscaled
 
     return Derivation(
@@ -96,3 +92,12 @@ def turning_update() -> Derivation:
         names=names,
         solution={stretch: found},
     )
+
+
+def _stretch(unscaled: Any, normed: Any) -> Any:
+    """Solve for κ, by which what is wanted must be divided to have the length of what the norm scales."""
+    wanted, length, squared = sp.symbols("T O K")
+    [found] = sp.solve(wanted / squared - length, squared)
+    ratio = sp.sqrt(squared_norm(unscaled)) / sp.sqrt(squared_norm(normed))
+    rewritten(found.xreplace({wanted: squared_norm(unscaled), length: squared_norm(normed)}), ratio**2)
+    return ratio

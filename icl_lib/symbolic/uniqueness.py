@@ -11,8 +11,6 @@ from icl_lib.symbolic.notation import OUT, dot, latex, matrix, number, squared_n
 from icl_lib.symbolic.solution_set import solution_set
 from icl_lib.symbolic.weight_update import weight_update
 
-SOURCE = "Dherin et al. 2025 (arXiv 2507.16003), version 4, Theorem 2.3"
-
 
 @cache
 def uniqueness() -> Derivation:
@@ -42,7 +40,7 @@ def uniqueness() -> Derivation:
 
     return Derivation(
         name="uniqueness",
-        source=SOURCE,
+        source="Dherin et al. 2025 (arXiv 2507.16003), version 4, Theorem 2.3",
         assumptions=dict(
             another=Step(
                 "**Another solution.** Every other solution is $\\Delta W + N$, where $N$ is not zero and satisfies "

@@ -9,22 +9,9 @@ import sympy as sp
 
 from icl_lib.symbolic.algebra import expanded, gradient, solved
 from icl_lib.symbolic.derivation import Asked, Derivation, First, Identity, Minimise, Nonzero, Step, rewritten
-from icl_lib.symbolic.notation import (
-    IN,
-    OUT,
-    checked_sizes,
-    column,
-    dot,
-    entries,
-    latex,
-    matrix,
-    number,
-    perpendicular_to,
-    rank_one,
-    squared_norm,
-    vector,
-)
+from icl_lib.symbolic.notation import IN, OUT, checked_sizes, dot, latex, matrix, number, rank_one, squared_norm, vector
 
+N = matrix("N")
 SOURCE = "Dherin et al. 2025 (arXiv 2507.16003), version 1, Theorem 2.2; least norm: version 4, Theorem 2.3"
 
 
@@ -65,6 +52,8 @@ class LeastEdit:
 
     def __init__(self, weight: Any, edit: Any, reads: Any, wanted: Any, multipliers: Any) -> None:
         self.weight, self.edit, self.reads, self.wanted, self.multipliers = weight, edit, reads, wanted, multipliers
+        self.value, self.nearby = (number(rf"\mathcal{{L}}({at})") for at in (edit.name, f"{edit.name} + N"))
+        self.names = {self.value: self.lagrangian(edit), self.nearby: self.lagrangian(edit + N)}
 
     def effect(self, edit: Any) -> Any:
         """Return what the constraint asks to be zero."""
@@ -91,15 +80,11 @@ class Problem(LeastEdit):
     """The problem of the weight update: its symbols, and what both derivations tell about it."""
 
     def __init__(self, out_features: object = OUT, in_features: object = IN) -> None:
-        self.W, self.a_0, self.a_C = (
-            matrix("W", out_features, in_features),
-            vector("a", in_features, "0"),
-            vector("a", in_features, "C"),
-        )
-        edit, multipliers = matrix(r"\Delta W", out_features, in_features), vector(r"\lambda", out_features)
+        self.W, edit = (matrix(name, out_features, in_features) for name in ("W", r"\Delta W"))
+        self.a_0, self.a_C = (vector("a", in_features, index) for index in "0C")
+        multipliers = vector(r"\lambda", out_features)
         super().__init__(self.W, edit, self.a_0, self.W * self.a_C, multipliers)
         self.added = self.W * (self.a_C - self.a_0)
-        self.lagrangian_name = number(r"\mathcal{L}(\Delta W)")
 
     def assumptions(self) -> dict[str, Step]:
         """Return what both derivations assume."""
@@ -131,12 +116,7 @@ class Problem(LeastEdit):
 def _of_any_size() -> Derivation:
     problem = Problem()
     edit, a_0, multipliers = problem.edit, problem.a_0, problem.multipliers
-    slope, lagrangian, lagrangian_name = (
-        matrix(r"\nabla\mathcal{L}(\Delta W)"),
-        problem.lagrangian(edit),
-        problem.lagrangian_name,
-    )
-    change, nearby = matrix("N"), number(r"\mathcal{L}(\Delta W + N)")
+    lagrangian, slope = problem.names[problem.value], matrix(r"\nabla\mathcal{L}(\Delta W)")
     found, update = problem.solved_for(problem.added)
 
     return Derivation(
@@ -146,7 +126,7 @@ def _of_any_size() -> Derivation:
         steps=dict(
             lagrangian=Step(
                 f"**Lagrangian.** The multipliers of the constraint form a column, ${latex(multipliers)}$.",
-                Identity(lagrangian_name, lagrangian),
+                Identity(problem.value, lagrangian),
             ),
             stationarity=Step(
                 "**Stationarity.** At a minimum the gradient with respect to $\\Delta W$ is zero.",
@@ -173,20 +153,35 @@ def _of_any_size() -> Derivation:
                 "multipliers, its gradient is zero, so adding any $N$ raises it by half the squared norm of $N$. Where "
                 "the constraint holds, the Lagrangian is half the squared norm of the edit. So every other edit that "
                 "satisfies the constraint is larger.",
-                Identity(nearby, lagrangian_name + dot(slope, change) + squared_norm(change) / 2),
-                Asked(nearby - lagrangian_name, squared_norm(change) / 2),
+                Identity(problem.nearby, problem.value + dot(slope, N) + squared_norm(N) / 2),
+                Asked(problem.nearby - problem.value, squared_norm(N) / 2),
             ),
         ),
         unknown=edit,
         result=update,
         arguments={"W": problem.W, "a_without": a_0, "a_with": problem.a_C},
-        names={
-            lagrangian_name: lagrangian,
-            slope: gradient(lagrangian, edit),
-            nearby: problem.lagrangian(edit + change),
-        },
+        names={**problem.names, slope: gradient(lagrangian, edit)},
         solution={multipliers: found},
     )
+
+
+def column(letter: str, size: int, label: str = "") -> sp.ImmutableMatrix:
+    """Return a column of real symbols, numbered from 1, for the derivation entry by entry.
+
+    >>> column("a", 2, "0").T
+    Matrix([[a_{0,1}, a_{0,2}]])
+    """
+    prefix = f"{label}," if label else ""
+    return sp.ImmutableMatrix(size, 1, lambda i, _: sp.Symbol(f"{letter}_{{{prefix}{i + 1}}}", real=True))
+
+
+def entries(letter: str, rows: int, columns: int) -> sp.ImmutableMatrix:
+    """Return a matrix of real symbols, numbered from 1.
+
+    >>> entries("W", 1, 2)
+    Matrix([[W_{1,1}, W_{1,2}]])
+    """
+    return sp.ImmutableMatrix(rows, columns, lambda i, j: sp.Symbol(f"{letter}_{{{i + 1},{j + 1}}}", real=True))
 
 
 class Entries:
@@ -225,7 +220,7 @@ def _entry_by_entry(out_features: int, in_features: int) -> Derivation:
         steps=dict(
             lagrangian=Step(
                 "**Lagrangian.** Each row of the constraint gets a multiplier $\\lambda_i$.",
-                Identity(problem.lagrangian_name, problem.lagrangian(problem.edit)),
+                Identity(problem.value, problem.names[problem.value]),
             ),
             stationarity=Step(
                 "**Stationarity.** At a minimum the derivative with respect to every entry is zero. "
@@ -256,18 +251,13 @@ def _entry_by_entry(out_features: int, in_features: int) -> Derivation:
         shapes=_of_any_size().shapes,
         names={
             **{problem.W: W, problem.a_0: a_0, problem.a_C: a_C, problem.multipliers: by_entry.multipliers},
-            problem.lagrangian_name: by_entry.lagrangian,
+            problem.value: by_entry.lagrangian,
             **dict(zip(derivatives, by_entry.gradient, strict=True)),
         },
         solution=by_entry.solution,
         entries=edit,
         beyond=lambda candidate: tuple(Identity(minor, sp.S.Zero) for minor in two_by_two_minors(candidate)),
     )
-
-
-def is_least(edit: Any, reads: Any) -> Identity:
-    """Every row of an edit of least norm is a multiple of what is read: the edit vanishes on what is perpendicular."""
-    return Identity(edit * perpendicular_to(reads), sp.ZeroMatrix(OUT, IN))
 
 
 def two_by_two_minors(of: sp.MatrixBase) -> list[sp.Expr]:
