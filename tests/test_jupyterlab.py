@@ -19,7 +19,10 @@ from playwright.sync_api import Browser, expect
 TOKEN = "only-on-loopback"
 START = 60  # seconds allowed for the server to start, and again for the kernel, on a busy machine
 CELLS = [
-    "import ipywidgets\nfrom icl_lib.widgets import Playground, explore\nfrom icl_lib.paper.figures import Figure, figure",
+    """\
+import ipywidgets
+from icl_lib.paper.figures import Figure, figure
+from icl_lib.widgets import Playground, explore""",
     "playground = Playground()\nplayground",
     """\
 seen = ipywidgets.Label("nothing yet").add_class("python-sees")
