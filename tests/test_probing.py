@@ -76,8 +76,8 @@ def test_the_edits_of_an_unknown_language_model_are_exact(name, capsys):
     assert eval(said[said.index("Anatomy(") : said.rindex(")")], {"Anatomy": Anatomy}) == anatomy_of(model)
 
 
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*LANGUAGE_MODELS, "Doge", "Gemma 4", "LFM 2 MoE"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_found_is_what_is_registered(name, dtype, monkeypatch):
     model = small_language_model(name, dtype, blocks=2)
     found = probe(model)
@@ -323,6 +323,28 @@ def test_a_block_that_keeps_a_state_is_refused():
         ValueError, match=r"layers\[0\] does not return the same .*: it keeps a state or draws at random"
     ):
         probe(Stack(Counting).double(), prompt())
+
+
+def test_a_block_in_16_bits_runs_as_a_copy_in_float32_where_it_can():
+    seen = []
+
+    class Noting(Block):
+        narrow_only = False
+
+        def after(self, h):
+            seen.append(h.dtype)
+            if self.narrow_only and h.dtype == torch.float32:
+                raise RuntimeError("this kernel is for 16 bits")
+            return super().after(h)
+
+    model, inputs = Stack(Noting).bfloat16(), prompt().bfloat16()
+    assert probe(model, inputs) == PLAIN
+    assert seen.count(torch.bfloat16) == len(model.layers)  # the run of the whole model
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    seen.clear()
+    Noting.narrow_only = True
+    assert probe(model, inputs) == PLAIN
+    assert seen.count(torch.float32) == len(model.layers)  # tried once for each block
 
 
 def test_numbers_that_are_not_finite_are_named():

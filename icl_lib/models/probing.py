@@ -86,20 +86,24 @@ def probe(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
 
 def deduce(run: Callable[[], Any], model: nn.Module) -> Anatomy:
     """Find the anatomy of a model that ``run()`` runs on one prompt; see :func:`probe`."""
-    path, blocks = _blocks(run, model)
-    if not any(block.mixes for block in blocks):
-        raise ValueError(f"{path}: what the blocks return at the last position does not depend on the other positions.")
+    path, calls = _calls(run, model)
+    trials = functools.partial(itertools.starmap, BlockTrial, calls)  # one at a time, since a trial may hold a copy
     found: list[Anatomy] = []
-    for block in blocks:
+    mixes = False
+    for block in trials():
         known = (one for one in dict.fromkeys(found) if block.has_places(one) and _is_proven(block, one))
         try:
             found.append(next(known, None) or _anatomy(path, block))
         except _Refusal as refusal:
             raise ValueError(f"{block.where}: {refusal}") from None
-    chain = _chain(blocks, found)
-    if chain is None and all(block.mixers for block in blocks):
+        mixes |= block.mixes
+    if not mixes:
+        raise ValueError(f"{path}: what the blocks return at the last position does not depend on the other positions.")
+    modules = [module for _, module, _ in calls]
+    chain = _chain(modules, found)
+    if chain is None:
         with contextlib.suppress(_Refusal):
-            chain = _chain(blocks, [_least(block, _mixing(path, block, block.mixers[0])) for block in blocks])
+            chain = _chain(modules, [_least(block, _mixing(path, block)) for block in trials()])
     if chain is None:
         kinds = ", ".join(map(repr, dict.fromkeys(found)))
         raise ValueError(f"{path}: blocks with the same places need different anatomies: {kinds}.")
@@ -114,8 +118,11 @@ class _Refusal(ValueError):
         self.steps = steps
 
 
-def _blocks(run: Callable[[], Any], model: nn.Module) -> tuple[str, list[BlockTrial]]:
-    """Return the path of the list of blocks and the blocks; of several lists the one with the most parameters."""
+def _calls(run: Callable[[], Any], model: nn.Module) -> tuple[str, list[tuple[str, nn.Module, Arguments]]]:
+    """Return the path of the list of blocks, and for each its name, itself and the arguments of its call.
+
+    Of several lists it is the one with the most parameters.
+    """
     kinds = (nn.ModuleList, nn.Sequential)
     lists = {path: list(part) for path, part in model.named_modules() if path and isinstance(part, kinds) and len(part)}
     calls: list[tuple[nn.Module, Arguments, Tensor | None]] = []
@@ -139,7 +146,7 @@ def _blocks(run: Callable[[], Any], model: nn.Module) -> tuple[str, list[BlockTr
             "called once and in order, on the stream that the part before returned."
         )
     path = max(passing, key=lambda path: sum(weight.numel() for part in lists[path] for weight in part.parameters()))
-    return path, [BlockTrial(f"{path}[{i}]", *call) for i, call in enumerate(made[path])]
+    return path, [(f"{path}[{i}]", part, given) for i, (part, given, _) in enumerate(made[path])]
 
 
 def _pass_on(streams: list[tuple[Tensor | None, Tensor | None]]) -> bool:
@@ -154,16 +161,20 @@ def _anatomy(path: str, block: BlockTrial) -> Anatomy:
     if not block.mixes:
         return _alone(path, block)
     refusals: list[_Refusal] = []
-    for guess, names in ((_sequential, block.readers()), (_parallel, block.mixers), (_mixing, block.mixers[:1])):
+    for guesses in (
+        [functools.partial(_sequential, path, block, name) for name in block.readers()],
+        [functools.partial(_parallel, path, block, name) for name in block.mixers],
+        [functools.partial(_mixing, path, block)],
+    ):
         proven = []
-        for name in names:
+        for guess in guesses:
             try:
-                proven.append(_least(block, guess(path, block, name)))
+                proven.append(_least(block, guess()))
             except _Refusal as refusal:
                 refusals.append(refusal)
         if proven:
             return next((one for one in proven if one.outer or one.scale), proven[0])
-    raise max(refusals, key=lambda refusal: refusal.steps, default=_Refusal("no part of it mixes the positions."))
+    raise max(refusals, key=lambda refusal: refusal.steps)
 
 
 def _sequential(path: str, block: BlockTrial, stream: str) -> Anatomy:
@@ -216,17 +227,18 @@ def _parallel(path: str, block: BlockTrial, attention: str) -> Anatomy:
         raise _Refusal("no part reads the stream after attention, and no linear map beside it adds to it.") from None
 
 
-def _mixing(path: str, block: BlockTrial, stream: str) -> Anatomy:
-    """Guess that the last maps of all parts that mix positions are the inner maps; the first part is ``stream``."""
+def _mixing(path: str, block: BlockTrial) -> Anatomy:
+    """Guess that the last maps of all parts that mix positions are the inner maps."""
     held: tuple[str, ...] = ()
     while True:
         mixers = block.mixers_in(block.run(block.elsewhere, held, last=True))
         free = [name for name in block.maps if name not in held]
         inside = [[name for name in free if name.startswith(f"{mixer}.")] for mixer in mixers]
         if not any(inside):
-            raise _Refusal("the attention does not end in linear maps.")
+            shape = tuple(block.stream.shape)
+            raise _Refusal(f"no part of it that ends in a linear map mixes the positions of its stream {shape}.")
         held = (*held, next(filter(None, inside))[-1])
-        guess = Anatomy(path, stream, tuple(place for name in held for place in block.maps[name][0]), None)
+        guess = Anatomy(path, block.mixers[0], tuple(place for name in held for place in block.maps[name][0]), None)
         if _is_proven(block, guess):
             return guess
 
@@ -266,10 +278,12 @@ def _with_outer(
 
 def _least(block: BlockTrial, anatomy: Anatomy) -> Anatomy:
     """Return the anatomy without the inner maps that the proof does not need."""
+    own, other = block.own.output[-1], block.other.output[-1]
+    rounding = 1e-5 * float((other - own).norm()) + torch.finfo(own.dtype).eps * float(own.norm())
     for call in reversed(block.maps):
         fewer = tuple(place for place in anatomy.inner if block.call_of(place) != call)
         if fewer and fewer != anatomy.inner:
-            less, rounding = replace(anatomy, inner=fewer), _rounding(block.own.output[-1])
+            less = replace(anatomy, inner=fewer)
             anatomy = less if _error(block, less) <= _error(block, anatomy) + rounding else anatomy
     return anatomy
 
@@ -277,7 +291,8 @@ def _least(block: BlockTrial, anatomy: Anatomy) -> Anatomy:
 def _is_proven(block: BlockTrial, anatomy: Anatomy) -> bool:
     """Return whether the edits that the anatomy names make the block return at the last position what it did."""
     own, other = block.own.output[-1], block.other.output[-1]
-    return _error(block, anatomy) <= limit(own) * float((other - own).norm()) + 2 * _rounding(own)
+    rounding = 2 * torch.finfo(own.dtype).eps * float(own.norm())
+    return _error(block, anatomy) <= limit(own) * float((other - own).norm()) + rounding
 
 
 def _error(block: BlockTrial, anatomy: Anatomy) -> float:
@@ -292,10 +307,6 @@ def _error(block: BlockTrial, anatomy: Anatomy) -> float:
         shifts = {anatomy.scale or block.call_of(anatomy.outer): change}
     made = block.run(block.elsewhere, held, shifts, last=True).output[-1]
     return float((made - block.own.output[-1]).norm())
-
-
-def _rounding(output: Tensor) -> float:
-    return torch.finfo(output.dtype).eps * float(output.norm())
 
 
 def _named(block: BlockTrial, factor: Tensor) -> Factor:
@@ -331,11 +342,11 @@ def _culprits(block: BlockTrial, later: list[str], run: Run) -> str:
     return f"{found or 'a function in its forward pass'} reads it and is not a linear map"
 
 
-def _chain(blocks: list[BlockTrial], found: list[Anatomy]) -> Anatomy | None:
+def _chain(blocks: list[nn.Module], found: list[Anatomy]) -> Anatomy | None:
     """Return one anatomy for all blocks, with those of other kinds as ``otherwise``, or None if there is none."""
     for order in itertools.permutations(dict.fromkeys(found)):
         chain = functools.reduce(lambda rest, kind: replace(kind, otherwise=rest), reversed(order[:-1]), order[-1])
-        if all(replace(chain.of(b.block), otherwise=None) == one for b, one in zip(blocks, found, strict=True)):
+        if all(replace(chain.of(block), otherwise=None) == one for block, one in zip(blocks, found, strict=True)):
             return chain
     return None
 

@@ -5,7 +5,7 @@ position has come from the context. :mod:`icl_lib.models.probing` tries guesses 
 
 >>> block = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)).double()
 >>> stream = torch.randn(1, 5, 4).double()
->>> trial = BlockTrial("blocks[0]", block, {0: stream}, block(stream).detach())
+>>> trial = BlockTrial("blocks[0]", block, {0: stream})
 >>> list(trial.maps), trial.mixes  # two linear maps, and nothing that brings context to the last position
 (['0', '2'], False)
 >>> trial.nudged("2")[None].round(decimals=6)  # the output follows what the last map returns, with a factor of 1
@@ -58,12 +58,11 @@ class Run:
 
 
 class BlockTrial:
-    """A block and the arguments of its call.
+    """A block and the arguments of its call; a block in 16 bits runs as a copy in float32, which tells more apart.
 
     Args:
         where: the name of the block in error messages.
         arguments: those of its call; the first tensor among them is the stream.
-        output: the stream that it returned.
 
     Attributes:
         own: the run on its own stream.
@@ -74,18 +73,32 @@ class BlockTrial:
     Raises `ValueError` for a block that does not return the same again.
     """
 
-    def __init__(self, where: str, block: nn.Module, arguments: Arguments, output: Tensor) -> None:
+    def __init__(self, where: str, block: nn.Module, arguments: Arguments) -> None:
         self.where, self.block, self.arguments = where, block, arguments
         self.key, self.stream = next((key, value) for key, value in arguments.items() if has_vectors(value))
         self.tokens = next((size for size in self.stream.shape[:-1] if size > 1), 1)
+        narrow = any(part.is_floating_point() and part.itemsize < 4 for part in (self.stream, *block.parameters()))
+        if narrow and not self._widen():  # a kernel may be for 16 bits only
+            self.block, self.arguments, self.stream = block, arguments, arguments[self.key]
         rows = self._rows(self.stream)
         self.elsewhere = torch.cat([rows[:-1].roll(1, -1), rows[-1:]]).view(self.stream.shape)
-        self.own, self.other = self.run(self.stream), self.run(self.elsewhere)
-        if not close(self.own.output, self._rows(output)):
-            said = "keeps a state or draws at random" if output.isfinite().all() else "returns NaN or infinity"
+        self.own, again, self.other = (self.run(stream) for stream in (self.stream, self.stream, self.elsewhere))
+        if not close(self.own.output, again.output):
+            said = "keeps a state or draws at random" if self.own.output.isfinite().all() else "returns NaN or infinity"
             raise ValueError(f"{where} does not return the same when it runs again: it {said}.")
         self.maps = {name: places for name in self.own.calls if (places := self._places(name))}
         self.mixers = self.mixers_in(self.other)
+
+    def _widen(self) -> bool:
+        """Replace the block by a copy in float32; return whether that runs."""
+        self.block = copy.deepcopy(self.block).float()
+        self.arguments = {key: _widened(value) for key, value in self.arguments.items()}
+        self.stream = self.arguments[self.key]
+        try:
+            self.run(self.stream)
+        except (RuntimeError, ValueError):
+            return False
+        return True
 
     @torch.no_grad()
     def run(
@@ -248,6 +261,15 @@ def _factor(change: Tensor, by: Tensor, size: Tensor) -> Tensor | None:
     rounding = 4 * torch.finfo(size.dtype).eps * size.norm()
     follows = (change - factor * by).norm() <= limit(size) * change.norm() + rounding
     return factor if follows and change.norm() > rounding else None
+
+
+def _widened(value: Any) -> Any:
+    """Return the floating-point tensors in an argument in float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_widened, value))
+    return {key: _widened(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _differ(old: Tensor, new: Tensor) -> bool:
