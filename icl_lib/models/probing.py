@@ -42,6 +42,7 @@ from icl_lib.models.anatomy import Anatomy, Factor, factor_at
 from icl_lib.models.trials import Arguments, BlockTrial, Run, close, first, has_vectors, hooked, limit
 
 TOKENS = 12
+"""The length of the prompt on which a language model is probed."""
 
 
 def probe(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
