@@ -114,6 +114,19 @@ def test_a_norm_after_the_mlp_adds_the_change(outer):
         pass
 
 
+def test_torchs_own_encoder_with_several_prompts():
+    """In evaluation mode torch fuses a layer into one function, which reads the weights itself."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().double().requires_grad_(False)
+    inputs = torch.randn(3, 5, 8).double()
+    patch, wanted = absorb(model, inputs, 4), model(inputs)[:, 4:]
+    assert relative_error(patch.merged(model)(patch.bare(inputs)), wanted).max() < 1e-12
+    with patch.applied(model):
+        assert relative_error(model(patch.bare(inputs)), wanted).max() < 1e-12
+    assert relative_error(model(patch.bare(inputs)), wanted).max() > 1e-2
+    assert patch.anatomy == Anatomy("layers", "norm2", ("linear1",), "linear2")
+
+
 def test_verify_fails_for_an_entry_without_one_of_the_inner_maps():
     register_anatomy(Stack, Anatomy(blocks="layers", stream="norm", inner=("up",), outer="down"))
     report = verify(Stack().double(), torch.randn(2, 7, 6).double(), 6)

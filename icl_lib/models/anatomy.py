@@ -91,8 +91,8 @@ class Anatomy:
     @property
     def places(self) -> tuple[str, ...]:
         """All paths in a block."""
-        named = (self.stream, *self.inner, self.outer, self.scale)
-        return tuple(path for path in named if path is not None)
+        named = (self.stream, *self.inner, self.outer, self.scale, self.multiplier, self.skip_multiplier)
+        return tuple(path for path in named if isinstance(path, str))
 
     def __repr__(self) -> str:
         said = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]

@@ -136,6 +136,9 @@ class BlockPatch:
                 edit = edit[..., None] if matrix else edit.unsqueeze(-2)
             update = {"weight" if matrix else "bias": edit}
             replaced(block, path, edited_linear(block.get_submodule(path), **update))
+        for part in block.modules():
+            if isinstance(part, nn.TransformerEncoderLayer):
+                part.activation_relu_or_gelu = 0  # keeps it from torch's fused layer, which takes no batched weights
 
 
 def _single(edit: LowRank | Tensor) -> LowRank | Tensor:

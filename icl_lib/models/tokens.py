@@ -135,6 +135,8 @@ class Tokens(Prompt):
 def call_model(model: nn.Module, call: dict[str, Tensor], keep: int | None = None, **options: Any) -> Any:
     """Run the model's own forward pass, with those options that it accepts."""
     known = accepted(model)
+    if "kwargs" in known and hasattr(getattr(model, "config", None), "use_cache"):
+        known |= {"use_cache"}  # passed on to a part of the model
     options = {"use_cache": False, **options} | ({"logits_to_keep": keep} if keep else {})
     return model(**{name: value for name, value in {**call, **options}.items() if name in known})
 

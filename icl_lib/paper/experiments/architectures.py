@@ -306,6 +306,7 @@ _ALL = LANGUAGE_MODELS | MORE_LANGUAGE_MODELS
 
 NARROW: dict[str, str] = {
     "XGLM": "all",  # its attention does not run in float64
+    "RecurrentGemma": "the recurrence",
     **dict.fromkeys(
         (
             *("DeepSeek V2", "DeepSeek V3", "DeepSeek V3.2", "A.X K2", "Bailing Hybrid", "dots.llm1", "dots.note"),
