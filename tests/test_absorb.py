@@ -245,7 +245,10 @@ GOOD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
         ({"context_length": 2.0}, "context_length is 2.0"),
         ({"reference": "token"}, "reference is 'token': choose 'query' or 'self'"),
         ({"positions": "last"}, "positions is 'last'"),
-        ({"context_length": 3, "positions": "all"}, "only a single query can replace every position, with an edit for each"),
+        (
+            {"context_length": 3, "positions": "all"},
+            "only a single query can replace every position, with an edit for each",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change, says):
@@ -364,7 +367,10 @@ def test_a_patch_for_another_model_is_refused(other, says):
 
 def test_a_patched_model_refuses_what_its_patch_was_not_made_for():
     model = lively()
-    with absorb(model, GOOD, 5).applied(model), pytest.raises(ValueError, match=r"blocks\[0\]\.mlp\.0 reads .*patch.bare"):
+    with (
+        absorb(model, GOOD, 5).applied(model),
+        pytest.raises(ValueError, match=r"blocks\[0\]\.mlp\.0 reads .*patch.bare"),
+    ):
         model(GOOD)
 
 

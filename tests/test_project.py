@@ -12,7 +12,20 @@ from icl_lib.paper.figures import PLANE_EXAMPLE, rank_one_picture
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 # A module or package imports only those before it in this list; within a package, no two modules import each other.
-LAYERS = "validation environment measures low_rank theorem output_updates blocks models cli dynamics paper widgets".split()
+LAYERS = [
+    "validation",
+    "environment",
+    "measures",
+    "low_rank",
+    "theorem",
+    "output_updates",
+    "blocks",
+    "models",
+    "cli",
+    "dynamics",
+    "paper",
+    "widgets",
+]
 
 
 def pins(file):
