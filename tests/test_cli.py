@@ -1,10 +1,12 @@
-"""The command line, on a model in a folder: exit codes, files, and errors of one line."""
+"""The command line, on a model in a folder: exit codes, files, and errors without a traceback."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from language import shared
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -97,7 +99,96 @@ def test_report_writes_a_file(folder, tmp_path, suffix):
     else:
         assert text.startswith("<!doctype html>")
         assert "The identity holds" in text
-    assert run("report", "--model", folder, *IDS, "--output", path, "--tolerance", "1e-30").exit_code == 1
+    again = ["report", "--model", folder, *IDS, "--output", path, "--tolerance", "1e-30"]
+    refused = run(*again)
+    assert (refused.exit_code, f"--output is {path}, which exists" in refused.stderr) == (2, True)
+    assert "--overwrite" in refused.stderr
+    assert path.read_text() == text
+    assert run(*again, "--overwrite").exit_code == 1
+    assert path.read_text() != text
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def no_model_is_loaded(monkeypatch):
+    """Loading fails: what is refused is refused before it."""
+
+    def fail(*_):
+        raise AssertionError("the model was loaded before the output was checked")
+
+    monkeypatch.setattr("icl_lib.cli.load", fail)
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+@pytest.mark.parametrize("told", [[], ["--overwrite"]])
+@pytest.mark.parametrize("command", ["absorb", "report"])
+def test_nothing_is_written_beside_a_model(folder, command, told):
+    before = contents(folder)
+    output = folder if command == "absorb" else folder / "report.json"
+    found = run(command, "--model", folder, *IDS, "--output", output, *told)
+    assert (found.exit_code, "holds a model (config.json)" in found.stderr) == (2, True)
+    assert contents(folder) == before
+
+
+@pytest.mark.usefixtures("no_model_is_loaded")
+def test_an_output_that_is_in_the_way_is_refused_before_the_model_is_loaded(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for output, says in (
+        (tmp_path, "which holds notes.txt: give a new or an empty folder, or --overwrite"),
+        (tmp_path / "notes.txt", "notes.txt is a file: give a folder"),
+        (tmp_path / "notes.txt" / "deeper", "notes.txt is a file: give a folder"),
+    ):
+        found = run("absorb", "--model", folder, *IDS, "--output", output)
+        assert (found.exit_code, says in found.stderr) == (2, True), found.output
+    found = run("report", "--model", folder, *IDS, "--output", tmp_path / "notes.txt" / "report.json")
+    assert (found.exit_code, "notes.txt is a file" in found.stderr) == (2, True)
+    (tmp_path / "report.json").mkdir()
+    found = run("report", "--model", folder, *IDS, "--output", tmp_path / "report.json", "--overwrite")
+    assert (found.exit_code, "which is a folder: give the name of a file" in found.stderr) == (2, True)
+    free = run("absorb", "--model", folder, *IDS, "--output", tmp_path / "new")  # control: a new folder is taken
+    assert "the model was loaded" in str(free.exception)
+
+
+def test_an_adapter_is_replaced_only_if_told(folder, tmp_path):
+    command = ["absorb", "--model", folder, "--output", tmp_path, "--prompt-ids", "3 1 4"]
+    assert run(*command, "--query-ids", "5").exit_code == 0
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    refused = run(*command, "--query-ids", "6")
+    assert (refused.exit_code, "holds adapter_config.json" in refused.stderr) == (2, True)
+    assert contents(tmp_path) == before
+    assert run(*command, "--query-ids", "6", "--overwrite").exit_code == 0
+    after = contents(tmp_path)
+    assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+    assert after["notes.txt"] == b"mine"
+
+
+DOWN = "model.layers.2.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensors: tensors.pop(DOWN), f"its files lack {DOWN}, which transformers fills with random numbers"),
+        (lambda tensors: tensors.update({DOWN: torch.ones(3, 4)}), f"its files hold in another shape {DOWN}"),
+        (lambda tensors: tensors.update(extra=torch.ones(3)), "its files hold extra, for which the model has no place"),
+        (lambda tensors: tensors.update({"e1": torch.ones(3), "e2": torch.ones(3)}), "its files hold e1 and 1 more"),
+        (lambda tensors: None, None),  # control
+    ],
+)
+def test_weights_that_do_not_fit_the_model_are_an_error(folder, tmp_path, change, says):
+    shutil.copytree(folder, tmp_path / "copy")
+    weights = tmp_path / "copy" / "model.safetensors"
+    tensors = load_file(weights)
+    change(tensors)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    found = run("verify", "--model", tmp_path / "copy", *IDS)
+    assert found.exit_code == (2 if says else 0)
+    assert says is None or (says in found.stderr and "save_pretrained" in found.stderr)
+    assert "holds to" not in found.stdout if says else "holds to" in found.stdout
 
 
 @pytest.mark.parametrize(
@@ -116,12 +207,11 @@ def test_report_writes_a_file(folder, tmp_path, suffix):
         ([*IDS, "--model", "models/of/mine"], "--model is models/of/mine: there is no such folder"),
     ],
 )
-def test_wrong_usage_is_one_line(folder, arguments, says):
+def test_wrong_usage_is_named(folder, arguments, says):
     found = run("verify", *([] if "--model" in arguments else ["--model", folder]), *arguments)
     assert found.exit_code == 2
     assert f"error: {says}" in found.stderr
-    assert len(found.stderr.splitlines()) == 1
-    assert "Traceback" not in found.output
+    assert isinstance(found.exception, SystemExit)
 
 
 def test_a_folder_without_a_tokenizer_or_with_other_weights(folder, tmp_path):
@@ -136,7 +226,27 @@ def test_a_folder_without_a_tokenizer_or_with_other_weights(folder, tmp_path):
     weights.unlink()
     torch.save(shared("Llama", torch.float32).state_dict(), tmp_path / "pytorch_model.bin")
     found = run("verify", "--model", tmp_path, *IDS)
-    assert (found.exit_code, "safetensors" in found.stderr) == (2, True)  # nothing is unpickled
+    assert (found.exit_code, "a pickle can run code" in found.stderr) == (2, True)  # nothing is unpickled
+
+
+def test_errors_are_printed_whole(tmp_path, monkeypatch):
+    """An error of several lines keeps its last line, which may be the remedy."""
+    (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow"}')
+    found = run("verify", "--model", tmp_path, *IDS)
+    assert (found.exit_code, "model type `of-tomorrow`" in found.stderr) == (2, True)
+    assert "pip install" in found.stderr.strip().splitlines()[-1]
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}')
+    (tmp_path / "own.py").write_text("raise SystemExit('code of the model was run')")
+    found = run("verify", "--model", tmp_path, *IDS)
+    assert (found.exit_code, "runs no code of a model" in found.stderr) == (2, True)
+
+    def refuse(*_, **__):
+        raise ValueError("no anatomy:\n\n    register_anatomy(...)\n\ngives one.")
+
+    monkeypatch.setattr("icl_lib.cli.load", refuse)
+    assert run("verify", "--model", tmp_path, *IDS).stderr == (
+        "error: no anatomy:\n\n    register_anatomy(...)\n\ngives one.\n"
+    )
 
 
 def test_report_of_another_kind_is_refused(folder, tmp_path):
@@ -158,4 +268,4 @@ def test_a_text_that_the_tokenizer_refuses(tmp_path):
     assert (found.exit_code, json.loads(found.stdout)["holds"]) == (0, True)
     found = run("verify", "--model", tmp_path, "--prompt", "2*3=10, ", "--query", "2+8=")
     assert (found.exit_code, "are '2*3=10, 2+8=', which the tokenizer cannot encode" in found.stderr) == (2, True)
-    assert len(found.stderr.splitlines()) == 1
+    assert "Missing [UNK] token" in found.stderr  # the tokenizer's own words

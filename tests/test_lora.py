@@ -12,6 +12,7 @@ from language import LENGTH, prompts, same, shared, state
 from safetensors.torch import load_file
 
 from icl_lib import absorb
+from icl_lib.models.lora import write_adapter
 from icl_lib.paper.experiments.language import LANGUAGE_MODELS, small_language_model
 
 # PEFT calls a method of transformers that will have another name in its next major version.
@@ -67,12 +68,49 @@ def test_another_query_is_not_served(tmp_path):
     assert relative(loaded(model, tmp_path)(**bare).logits, model(mixed).logits[:, -1:]) > 1e-2
 
 
-def test_an_earlier_adapter_is_replaced(tmp_path):
+def test_an_earlier_adapter_is_replaced_only_if_told(tmp_path):
     model, ids = shared("GPT-2", torch.float32), prompts(1)
-    for tokens in (4, 2):
-        patch = absorb(model, ids, LENGTH - tokens)
+    absorb(model, ids, LENGTH - 4).to_lora(tmp_path, model)
+    before = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    patch = absorb(model, ids, LENGTH - 2)
+    with pytest.raises(ValueError, match=r"which holds adapter_config.json: .*, or overwrite=True to replace"):
         patch.to_lora(tmp_path, model)
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == before
+    patch.to_lora(tmp_path, model, overwrite=True)
     assert relative(loaded(model, tmp_path)(**patch.bare(ids)).logits, model(ids).logits[:, -2:]) < 1e-5
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin", "model-Q4.GGUF"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_adapter_is_never_written_beside_a_model(tmp_path, file, overwrite, monkeypatch):
+    model, ids = shared("Llama", torch.float32), prompts(1)
+    patch = absorb(model, ids, LENGTH - 1)
+    (tmp_path / file).write_text("mine")
+
+    def fail(*_, **__):
+        raise AssertionError("the edits were computed before the folder was checked")
+
+    monkeypatch.setattr(type(patch), "joint", fail)
+    for path in (tmp_path, str(tmp_path)):
+        with pytest.raises(ValueError, match=rf"path is '.*', which holds a model \({file}\).*give a new or an empty"):
+            patch.to_lora(path, model, overwrite=overwrite)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(file, "mine")]
+
+
+def test_other_files_are_kept(tmp_path):
+    model, ids = shared("Llama", torch.float32), prompts(1)
+    patch = absorb(model, ids, LENGTH - 1)
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"which holds README.md: give a new or an empty folder, or overwrite=True"):
+        patch.to_lora(tmp_path, model)
+    with pytest.raises(ValueError, match=r"README.md is a file: give a folder"):
+        patch.to_lora(tmp_path / "README.md" / "adapter", model)
+    with pytest.raises(ValueError, match=r"folder is '.*', which holds README.md"):
+        write_adapter(tmp_path, model, {}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    patch.to_lora(tmp_path, model, overwrite=True)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_a_patch_does_not_keep_its_model_alive(tmp_path):

@@ -247,7 +247,7 @@ def test_a_patch_travels_without_its_model(ids, tmp_path):
             wanted = model(**patch.bare(ids)).logits
         with loaded.applied(model):
             assert torch.equal(model(**loaded.bare(ids)).logits, wanted)
-        loaded.to_lora(tmp_path / "adapter", model)
+        loaded.to_lora(tmp_path / "adapter", model, overwrite=True)
         with pytest.raises(ValueError, match="the model of this patch no longer exists"):
             loaded.to_lora(tmp_path / "adapter")
 

@@ -15,20 +15,89 @@ from icl_lib.models.edited_weights import parameter_at, split
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def write_adapter(folder: Path, model: nn.Module, factors: dict[str, LowRank], scales: dict[str, Tensor]) -> Path:
+def model_file(folder: Path) -> str | None:
+    """Return the name of a file by which a folder holds a model, None if there is none.
+
+    Such a file is ``config.json``, or one with weights that are not those of an adapter.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = (folder / "adapter_model.safetensors").touch(), (folder / "notes.txt").touch()
+    >>> model_file(folder)
+    >>> (folder / "config.json").touch()
+    >>> model_file(folder)
+    'config.json'
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    weights = [name for name in names if name.lower().endswith(_WEIGHTS) and not name.startswith("adapter_")]
+    return next(iter(["config.json"] * ("config.json" in names) + weights), None)
+
+
+def require_folder(name: str, folder: Path) -> None:
+    """Require that ``folder`` is a folder or can be created; ``name`` is the argument in the error."""
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(
+                    f"{name} is {str(folder)!r}, and {path} is a file: give a folder; it is created if it is missing."
+                )
+            return
+
+
+def require_free(name: str, folder: Path, overwrite: bool, remedy: str = "overwrite=True") -> None:
+    """Require that writing an adapter or a model into ``folder`` damages nothing.
+
+    The folder is missing or empty, or ``overwrite`` is true and it holds no model. Transformers loads an adapter that
+    lies beside a model together with it, every time, so an adapter is never written there.
+
+    Args:
+        name: the argument in the error.
+        remedy: how the caller sets ``overwrite``, for the error.
+    """
+    require_folder(name, folder)
+    found = model_file(folder)
+    if found is not None:
+        raise ValueError(
+            f"{name} is {str(folder)!r}, which holds a model ({found}), and writing there would change it: give a new "
+            "or an empty folder."
+        )
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if there and not overwrite:
+        shown = CONFIG if CONFIG in there else there[0]
+        raise ValueError(
+            f"{name} is {str(folder)!r}, which holds {shown}: give a new or an empty folder, or {remedy} to replace an "
+            "earlier adapter in it."
+        )
+
+
+def write_adapter(
+    folder: Path,
+    model: nn.Module,
+    factors: dict[str, LowRank],
+    scales: dict[str, Tensor],
+    overwrite: bool = False,
+) -> Path:
     r"""Write low-rank edits as a LoRA of PEFT, $\Delta W = B A$ with $B = L$ and $A = R^\top$.
 
     Args:
-        folder: created if it is missing; the files of an earlier adapter are overwritten.
+        folder: created if it is missing; it must be empty, see ``overwrite``.
         model: the model that the adapter is for.
         factors: the edits, by the path of the linear map in the model; ``path[3]`` is the fourth matrix of a parameter.
         scales: the new scales of norms, by the path of the norm; PEFT calls these ``modules_to_save``.
+        overwrite: write into a folder that is not empty, over an earlier adapter; other files in it are kept.
+
+    Raises `ValueError` for a folder that holds a model, and without ``overwrite`` for one that holds any file.
 
     All edits are padded with zeros to the largest rank. ``lora_alpha`` is that rank, so PEFT multiplies them by one.
     """
-    from safetensors.torch import save_file
+    require_free("folder", folder, overwrite)
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ImportError("safetensors is missing: pip install 'icl_lib[llm]'.") from None
 
     rank = max(edit.left.shape[-1] for edit in factors.values())
     experts: dict[str, dict[int, LowRank]] = {}

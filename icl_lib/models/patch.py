@@ -20,7 +20,7 @@ from icl_lib.models.anatomy import Anatomy, Site, known_anatomy, sites
 from icl_lib.models.block_edits import NotReproducedError
 from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.edited_weights import parameter_at, split
-from icl_lib.models.lora import write_adapter
+from icl_lib.models.lora import require_free, write_adapter
 from icl_lib.models.passes import edits_of, experts_one_by_one
 from icl_lib.models.prompt import Call, Prompt
 from icl_lib.models.streams import Stream
@@ -175,20 +175,28 @@ class Patch:
         """Whether the patch is for a float stream."""
         return isinstance(self.prompt, Stream)
 
-    def to_lora(self, path: str | Path, model: nn.Module | None = None) -> Path:
+    def to_lora(self, path: str | Path, model: nn.Module | None = None, *, overwrite: bool = False) -> Path:
         """Write the patch as an adapter that ``peft.PeftModel.from_pretrained(model, path)`` loads.
 
         By default ``model`` is the model that the patch was made from. The files are ``adapter_config.json`` and
         ``adapter_model.safetensors``; the edits are those of :meth:`joint`. The scale of a norm is saved in full,
         as one of PEFT's ``modules_to_save``.
 
+        Args:
+            path: a folder; it is created if it is missing, and must be empty otherwise.
+            model: the model, if that of the patch no longer exists.
+            overwrite: write into a folder that is not empty, over an earlier adapter; other files in it are kept.
+
         Raises `ValueError` as :meth:`joint` does, and for a patch with ``outer='bias'``: a LoRA adapter has no biases.
+        A folder that holds a model is refused, and without ``overwrite`` one that holds any file, before the edits are
+        computed.
         """
         model = self.source() if model is None else model
         if model is None:
             raise ValueError(
                 "the model of this patch no longer exists: give a model with the same weights, to_lora(path, model)."
             )
+        require_free("path", Path(path), overwrite)
         # PEFT forms the edited matrices of experts, but not those of linear maps.
         mixture = any(block.sent for block in self.blocks)
         factors: dict[str, LowRank] = {}
@@ -206,7 +214,7 @@ class Patch:
                         f"{site.where}.{name}: a LoRA adapter has no biases. Make the patch with absorb(..., "
                         "outer='down')."
                     )
-        return write_adapter(Path(path), model, factors, scales)
+        return write_adapter(Path(path), model, factors, scales, overwrite)
 
     def _of_query(self) -> tuple[BlockPatch, ...]:
         """Return the edits for a run of the whole network: those of the query, if it stands for all positions."""
