@@ -49,7 +49,7 @@ def probe(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
     """Find the anatomy of a model by running it a few times; see :mod:`icl_lib.models.probing`.
 
     The model is unchanged afterwards: its weights, its hooks, and the state of the random generators. The result was
-    tested on one prompt, block by block; :func:`icl_lib.verify` tests the edits of the whole model.
+    tested on one prompt, block by block; :func:`icl_lib.models.verify.verify` tests the edits of the whole model.
 
     Args:
         model: a causal language model, or a model that reads a float stream.
