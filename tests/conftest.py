@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,13 +30,15 @@ settings.load_profile("fixed")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in a browser or of the built book as slow, and begin with their files, which take the longest."""
-    files = set()
-    for item in items:
-        if {"browser", "site"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker("slow")
-            files.add(item.path)
-    items.sort(key=lambda item: item.path not in files)
+    """Mark the tests in a browser or of the built book as slow, and put the files that take longest first.
+
+    Those are the browser's, and then those with many tests. So two processes that share the files end together.
+    """
+    shown = [item for item in items if {"browser", "site"} & set(getattr(item, "fixturenames", ()))]
+    for item in shown:
+        item.add_marker("slow")
+    first, tests = {item.path for item in shown}, Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in first, -tests[item.path]))
 
 
 def build_book(folder: Path) -> tuple[int, str]:
