@@ -23,6 +23,7 @@ LAYERS = [
     "models",
     "cli",
     "dynamics",
+    "constructions",
     "paper",
     "widgets",
 ]

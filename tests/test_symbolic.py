@@ -15,7 +15,7 @@ import torch
 from derivations import numerically_true
 
 import icl_lib
-from icl_lib import dynamics, symbolic
+from icl_lib import constructions, dynamics, symbolic
 from icl_lib.symbolic import weight_update
 from icl_lib.symbolic.derivation import Asked, First, Given, Identity, Minimise, Nonzero, Step, rewritten
 from icl_lib.symbolic.layout import LINE, width
@@ -441,6 +441,7 @@ def function_of(name):
     places = [
         getattr(icl_lib, name, None),
         getattr(dynamics, name, None),
+        getattr(constructions, name, None),
         getattr(dynamics.Trajectory, name, None),
         getattr(__import__("icl_lib.blocks.running_average", fromlist=[words]), words, None),
     ]

@@ -34,6 +34,11 @@ Token by token:
 - :func:`normalised_lms`, :func:`normalised_lms_heads`: a token of softmax attention is a step of normalised LMS
 - :func:`eaten_from_left`: the context taken into the weights token by token, from the left
 
+Attention that is gradient descent by construction:
+
+- :func:`gradient_descent_attention`: linear attention that makes a step on the regression in its context
+- :func:`query_independent_update`: the one edit that replaces a prompt of linear attention for every query
+
 $a_0$ (``a_without``) is the output of the contextual layer without the removed part of the context, $a_C$ (``a_with``)
 its output with it.
 
@@ -51,6 +56,7 @@ from icl_lib.symbolic.bias_update import bias_update
 from icl_lib.symbolic.derivation import Asked, Derivation, Equation, Given, Identity, Step
 from icl_lib.symbolic.eaten_from_left import eaten_from_left
 from icl_lib.symbolic.expert_updates import expert_updates
+from icl_lib.symbolic.gradient_descent_attention import gradient_descent_attention
 from icl_lib.symbolic.hidden_permutation import hidden_permutation
 from icl_lib.symbolic.joint_weight_update import joint_weight_update
 from icl_lib.symbolic.linear_losses import linear_losses
@@ -59,6 +65,7 @@ from icl_lib.symbolic.normalised_lms_heads import normalised_lms_heads
 from icl_lib.symbolic.output_update import output_update
 from icl_lib.symbolic.position_bias_update import position_bias_update
 from icl_lib.symbolic.position_weight_update import position_weight_update
+from icl_lib.symbolic.query_independent_update import query_independent_update
 from icl_lib.symbolic.running_average import running_average
 from icl_lib.symbolic.scale_update import scale_update
 from icl_lib.symbolic.shared_factor import shared_factor
@@ -80,6 +87,7 @@ __all__ = [
     "bias_update",
     "eaten_from_left",
     "expert_updates",
+    "gradient_descent_attention",
     "hidden_permutation",
     "joint_weight_update",
     "linear_losses",
@@ -88,6 +96,7 @@ __all__ = [
     "output_update",
     "position_bias_update",
     "position_weight_update",
+    "query_independent_update",
     "running_average",
     "scale_update",
     "shared_factor",

@@ -1,0 +1,42 @@
+r"""Linear attention that is gradient descent by construction, and what one edit of the weights has to do with it.
+
+- :func:`gradient_descent_attention`: a layer of linear self-attention that makes one step of gradient descent on the
+  regression in its context; :func:`repeated` applies a layer to every token several times
+- :func:`merged`, :func:`interpolated`: the same layer in two matrices, and layers between two of them
+- :func:`train_linear_attention`: such a layer, trained on regression prompts; :func:`regression_prompts` draws these
+- :func:`context_matrix`, :func:`query_independent_update`: the matrix that a prompt is for linear attention, and the
+  one edit that replaces the prompt for every query
+- :class:`InterpolatedAttention`: between linear and softmax attention; :func:`least_squares_edit`,
+  :func:`share_served`: the edit that serves many queries best, and the share of the changes that it makes
+"""
+
+from icl_lib.constructions.gradient_descent import (
+    LinearSelfAttention,
+    gradient_descent_attention,
+    interpolated,
+    merged,
+    repeated,
+)
+from icl_lib.constructions.query_independence import (
+    InterpolatedAttention,
+    context_matrix,
+    least_squares_edit,
+    query_independent_update,
+    share_served,
+)
+from icl_lib.constructions.training import regression_prompts, train_linear_attention
+
+__all__ = [
+    "InterpolatedAttention",
+    "LinearSelfAttention",
+    "context_matrix",
+    "gradient_descent_attention",
+    "interpolated",
+    "least_squares_edit",
+    "merged",
+    "query_independent_update",
+    "regression_prompts",
+    "repeated",
+    "share_served",
+    "train_linear_attention",
+]
