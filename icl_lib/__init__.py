@@ -20,6 +20,7 @@ from icl_lib.models.verify import verify
 from icl_lib.output_updates import output_update, scale_update, turning_update
 from icl_lib.theorem import alignment, bias_update, joint_weight_update, least_norm_edit, weight_update
 
+__version__ = "0.1.0"
 __all__ = [
     "GRU",
     "Agreement",
@@ -31,7 +32,6 @@ __all__ = [
     "LowRank",
     "MeanPooling",
     "Patch",
-    "Playground",
     "Report",
     "SoftmaxAttention",
     "Transformer",
@@ -40,7 +40,6 @@ __all__ = [
     "alignment",
     "architectures",
     "bias_update",
-    "explore",
     "greedy_agreement",
     "implicit_update",
     "joint_weight_update",
@@ -59,7 +58,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Only the widgets need the packages of the extra [book], so they are imported at first use.
+    # The widgets need the packages of the extra [widgets]: they are imported at first use, and are not in `__all__`.
     if name in ("Playground", "explore"):
         from icl_lib import widgets
 

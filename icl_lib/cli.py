@@ -16,6 +16,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
+import icl_lib
+from icl_lib.environment import extra
 from icl_lib.models.absorb import absorb as absorb_prompt
 from icl_lib.models.lora import model_file, require_folder, require_free
 from icl_lib.models.report import Report
@@ -23,7 +25,6 @@ from icl_lib.models.text import tokens_of
 from icl_lib.models.verify import verify as verify_prompt
 
 app = typer.Typer(
-    help="Replace the prompt of a language model by edits of its weights, exactly.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,6 +44,22 @@ Tolerance = Annotated[float | None, typer.Option(help="the largest relative erro
 Progress = Annotated[bool, typer.Option("--progress", help="show a progress bar over blocks")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what an earlier run wrote there")]
 Json = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"icl_lib {icl_lib.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Replace the prompt of a language model by edits of its weights, exactly."""
 
 
 @app.command()
@@ -190,12 +207,10 @@ def load(
         raise ValueError(f"--dtype is {dtype}: choose one of {', '.join(DTYPES)}.")
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise ValueError(f"--model is {name}: there is no such folder.")
-    try:
+    with extra("llm"):
         from safetensors import SafetensorError
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
-    except ImportError:
-        raise ImportError("transformers is missing: pip install 'icl_lib[llm]'.") from None
     logging.disable_progress_bar()
     try:
         AutoConfig.from_pretrained(name, **_source(name))

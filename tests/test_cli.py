@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import icl_lib
 from icl_lib.cli import app
 from icl_lib.paper.experiments.language import small_language_model
 
@@ -252,6 +253,11 @@ def test_errors_are_printed_whole(tmp_path, monkeypatch):
 def test_report_of_another_kind_is_refused(folder, tmp_path):
     found = run("report", "--model", folder, *IDS, "--output", tmp_path / "report.pdf")
     assert (found.exit_code, "ends in .json or .html" in found.stderr) == (2, True)
+
+
+def test_the_version_is_printed():
+    found = run("--version")
+    assert (found.exit_code, found.stdout) == (0, f"icl_lib {icl_lib.__version__}\n")
 
 
 def test_no_arguments_show_help_and_missing_ones_are_wrong_usage(folder):

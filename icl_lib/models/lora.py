@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from icl_lib.environment import extra
 from icl_lib.low_rank import LowRank
 from icl_lib.models.anatomy import is_transposed
 from icl_lib.models.edited_weights import parameter_at, split
@@ -47,7 +48,7 @@ def require_folder(name: str, folder: Path) -> None:
             return
 
 
-def require_free(name: str, folder: Path, overwrite: bool, remedy: str = "overwrite=True") -> None:
+def require_free(name: str, folder: Path, overwrite: bool = False, remedy: str = "overwrite=True") -> None:
     """Require that writing an adapter or a model into ``folder`` damages nothing.
 
     The folder is missing or empty, or ``overwrite`` is true and it holds no model. Transformers loads an adapter that
@@ -55,7 +56,7 @@ def require_free(name: str, folder: Path, overwrite: bool, remedy: str = "overwr
 
     Args:
         name: the argument in the error.
-        remedy: how the caller sets ``overwrite``, for the error.
+        remedy: how the caller sets ``overwrite``, for the error; empty if the caller cannot set it.
     """
     require_folder(name, folder)
     found = model_file(folder)
@@ -67,10 +68,8 @@ def require_free(name: str, folder: Path, overwrite: bool, remedy: str = "overwr
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if there and not overwrite:
         shown = CONFIG if CONFIG in there else there[0]
-        raise ValueError(
-            f"{name} is {str(folder)!r}, which holds {shown}: give a new or an empty folder, or {remedy} to replace an "
-            "earlier adapter in it."
-        )
+        replace = f", or {remedy} to replace an earlier adapter in it" if remedy else ""
+        raise ValueError(f"{name} is {str(folder)!r}, which holds {shown}: give a new or an empty folder{replace}.")
 
 
 def write_adapter(
@@ -94,10 +93,8 @@ def write_adapter(
     All edits are padded with zeros to the largest rank. ``lora_alpha`` is that rank, so PEFT multiplies them by one.
     """
     require_free("folder", folder, overwrite)
-    try:
+    with extra("llm"):
         from safetensors.torch import save_file
-    except ImportError:
-        raise ImportError("safetensors is missing: pip install 'icl_lib[llm]'.") from None
 
     rank = max(edit.left.shape[-1] for edit in factors.values())
     experts: dict[str, dict[int, LowRank]] = {}

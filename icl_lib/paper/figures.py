@@ -21,15 +21,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-from cycler import cycler
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as MatplotlibFigure
-from matplotlib.image import AxesImage
 
+from icl_lib.environment import extra
 from icl_lib.theorem import weight_update
+
+with extra("figures"):
+    import matplotlib
+    from cycler import cycler
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MatplotlibFigure
+    from matplotlib.image import AxesImage
 
 INK = "#000000"
 """A :class:`Figure` draws everything that is black in the text colour of the page."""

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from icl_lib.environment import extra
+
 
 class Checkpoint:
     """The file ``path`` with the state of an unfinished run, from which the run can continue.
@@ -129,7 +131,8 @@ def sweep(
     Returns the records in the order of ``settings``: dicts of ``run``, ``code``, ``versions``, ``settings`` and
     ``result``. Raises `RuntimeError` if runs fail, with the settings of the first, after all others are done.
     """
-    import joblib  # an extra, which a checkpoint alone does not need
+    with extra("figures"):
+        import joblib  # a checkpoint alone does not need it
 
     made_by, paths = _made_by(run), []
     for index, one in enumerate(settings):

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
 
+from icl_lib.environment import extra
 from icl_lib.paper.experiments.every_block import EveryBlockSettings
 from icl_lib.paper.experiments.paper_scale import paper_settings, write_figures
+
+with extra("figures", command=__name__ == "__main__"):
+    import joblib  # noqa: F401 -- the runs need it, and its absence is named before they start
+    import typer
 
 PAPER, TRIAL = Path("_build/figures"), Path("_build/trial")
 
