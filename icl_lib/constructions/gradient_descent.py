@@ -134,9 +134,9 @@ def gradient_descent_attention(
             weight.zero_()
         layer.key.weight[inputs, inputs] = layer.query.weight[inputs, inputs] = eye[inputs, inputs]
         layer.value.weight[targets, inputs] = initial
-        layer.value.weight[targets, targets] = -eye[targets, targets]
-        # P multiplies by η/N, and GD++ takes −γ X Xᵀ x.
-        layer.value.weight[inputs, inputs] = -curvature * examples / step_size * eye[inputs, inputs]
+        layer.value.weight[targets, targets].fill_diagonal_(-1)
+        if curvature:  # P multiplies by η/N, and GD++ takes −γ X Xᵀ x
+            layer.value.weight[inputs, inputs].fill_diagonal_(-curvature * examples / step_size)
         layer.output.weight.copy_(eye * step_size / examples * (examples + 1 if mean else 1))
     return layer
 
