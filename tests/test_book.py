@@ -56,6 +56,7 @@ def test_a_cell_that_fails_fails_the_build(tmp_path, cell, complaint):
 
 def test_a_broken_formula_fails_the_build(tmp_path, site):
     folder = copy_of_the_project(tmp_path)
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/deriving\n")
     # The cached outputs of an earlier build must not hide the broken formula.
     shutil.copytree(site.parent / ".jupyter_cache", folder / "_build" / ".jupyter_cache")
     theorem = folder / "icl_lib" / "theorem.py"
