@@ -164,3 +164,21 @@ def test_an_adapted_model_is_refused(tmp_path):
     for one in (adapted, adapted.get_base_model()):
         with pytest.raises(ValueError, match=r"carries an adapter already.*merge_and_unload"):
             absorb(one, ids, LENGTH - 1)
+
+
+def test_a_patch_prints_in_one_line():
+    model, ids = shared("GPT-2"), prompts(1)
+    patch = absorb(model, ids, LENGTH - 3, outer="bias")
+    edits = "mlp.c_fc [1, 3, 128, 32] of rank ≤ 1, mlp.c_proj vector [1, 3, 32]; torch.float64 on cpu)"
+    start = "Patch(replaces 61 tokens of 1 prompt at 3 positions in 6 blocks; transformer.h[0]: "
+    assert (repr(patch), str(patch)) == (start + edits, start + edits)
+    assert repr(patch.blocks[2]) == f"BlockPatch({edits}"
+    joint = repr(absorb(model, ids, LENGTH - 3, joint=True))
+    assert "in 6 blocks, with one edit for all positions; " in joint
+    assert "mlp.c_proj [32, 128] of rank ≤ 3" in joint
+
+
+def test_the_edits_of_experts_are_counted():
+    block = absorb(shared("Mixtral"), prompts(1), LENGTH - 1).blocks[0]
+    assert len(block.edits) == 5  # the router, and two maps of each of the two experts that the token is sent to
+    assert "mlp.experts.down_proj [32, 64] of 2 experts" in repr(block)

@@ -33,6 +33,13 @@ class BlockPatch:
         change: $\Delta h_i$ itself, the change of the stream, ``[*batch, positions, width]``.
         sent: in a mixture of experts, the tokens sent to each expert, numbered through batch and positions.
         transposed: the paths whose parameters hold the matrix as ``[in, out]``.
+
+    It prints in one line, with the shape and the rank of each edit:
+
+    >>> from icl_lib import Transformer, TransformerConfig, absorb
+    >>> model = Transformer(TransformerConfig(dim=4, blocks=3, heads=2, norm="pre")).double()
+    >>> absorb(model, torch.randn(9, 4).double(), context_length=7).blocks[0]
+    BlockPatch(mlp.0 [2, 16, 4] of rank ≤ 1, mlp.2 vector [2, 4]; torch.float64 on cpu)
     """
 
     inner: dict[str, LowRank]
@@ -50,6 +57,26 @@ class BlockPatch:
     def edits(self) -> dict[str, LowRank | Tensor]:
         """All edits, by path."""
         return {**self.inner, **self.outer}
+
+    def _listed(self) -> str:
+        """Return each edit with its shape and rank; the edits of a mixture's experts are counted."""
+        experts: dict[str, int] = {}
+        parts: dict[str, str] = {}
+        for path, edit in self.edits.items():
+            name, expert = split(path)
+            experts[name] = experts.get(name, 0) + (expert is not None)
+            if expert is None:
+                if isinstance(edit, LowRank):
+                    parts[name] = f"{name} {list(edit.shape)} of rank ≤ {edit.left.shape[-1]}"
+                else:
+                    parts[name] = f"{name} vector {list(edit.shape)}"
+            else:
+                times = "1 expert" if experts[name] == 1 else f"{experts[name]} experts"
+                parts[name] = f"{name} {list(edit.shape[-2:])} of {times}"
+        return ", ".join(parts.values())
+
+    def __repr__(self) -> str:
+        return f"BlockPatch({self._listed()}; {self.change.dtype} on {self.change.device})"
 
     def at(self, positions: slice) -> BlockPatch:
         """Return the edits at some of the positions, as copies that do not keep the others in memory."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -47,6 +48,13 @@ class Patch:
         cached: the query and what the blocks read with the context; a joint patch is computed from it.
         is_joint: whether one edit of each map serves all positions.
         source: returns the model that the patch was made from, or None if it no longer exists.
+
+    It prints in one line: what it replaces, how many blocks it edits, and the edits of the first block:
+
+    >>> from icl_lib import Transformer, TransformerConfig, absorb
+    >>> model = Transformer(TransformerConfig(dim=4, blocks=3, heads=2, norm="pre")).double()
+    >>> str(absorb(model, torch.randn(9, 4).double(), context_length=7)).split("; ")[0]
+    'Patch(replaces 7 tokens of 1 prompt at 2 positions in 3 blocks'
     """
 
     blocks: tuple[BlockPatch, ...]
@@ -56,6 +64,19 @@ class Patch:
     cached: CachedPrompt
     is_joint: bool
     source: Callable[[], nn.Module | None]
+
+    def __repr__(self) -> str:
+        def counted(number: int, what: str) -> str:
+            return f"{number} {what}{'' if number == 1 else 's'}"
+
+        block = self.blocks[0]
+        *batch, positions = block.change.shape[:-1]
+        return (
+            f"Patch(replaces {counted(self.context_length, 'token')} of {counted(math.prod(batch), 'prompt')} at "
+            f"{counted(positions, 'position')} in {counted(len(self.blocks), 'block')}"
+            f"{', with one edit for all positions' if self.is_joint else ''}; {self.anatomy.blocks}[0]: "
+            f"{block._listed()}; {block.change.dtype} on {block.change.device})"
+        )
 
     def __reduce__(self) -> tuple:
         # A weak reference cannot be pickled, and the model is not part of the patch.
