@@ -139,13 +139,13 @@ def test_an_output_that_is_in_the_way_is_refused_before_the_model_is_loaded(fold
     (tmp_path / "notes.txt").write_text("mine")
     for output, says in (
         (tmp_path, "which holds notes.txt: give a new or an empty folder, or --overwrite"),
-        (tmp_path / "notes.txt", "notes.txt is a file: give a folder"),
+        (tmp_path / "notes.txt", "notes.txt', which is a file: give a folder"),
         (tmp_path / "notes.txt" / "deeper", "notes.txt is a file: give a folder"),
     ):
         found = run("absorb", "--model", folder, *IDS, "--output", output)
         assert (found.exit_code, says in found.stderr) == (2, True), found.output
     found = run("report", "--model", folder, *IDS, "--output", tmp_path / "notes.txt" / "report.json")
-    assert (found.exit_code, "notes.txt is a file" in found.stderr) == (2, True)
+    assert (found.exit_code, "the folder of --output is" in found.stderr) == (2, True)
     (tmp_path / "report.json").mkdir()
     found = run("report", "--model", folder, *IDS, "--output", tmp_path / "report.json", "--overwrite")
     assert (found.exit_code, "which is a folder: give the name of a file" in found.stderr) == (2, True)

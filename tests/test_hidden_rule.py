@@ -404,6 +404,8 @@ def test_the_exported_folder_loads_by_itself(model, tmp_path, capfd):
             tokenizer(unknown)
     with pytest.raises(ValueError, match=r"folder is '.*config.json', which is a file"):
         export(folder / "config.json")
+    with pytest.raises(ValueError, match=r"which holds a model \(config.json\).*: give a new or an empty folder"):
+        export(folder)
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):

@@ -42,8 +42,9 @@ def require_folder(name: str, folder: Path) -> None:
     for path in (folder, *folder.parents):
         if path.exists():
             if not path.is_dir():
+                file = "which" if path == folder else f"and {path}"
                 raise ValueError(
-                    f"{name} is {str(folder)!r}, and {path} is a file: give a folder; it is created if it is missing."
+                    f"{name} is {str(folder)!r}, {file} is a file: give a folder; it is created if it is missing."
                 )
             return
 

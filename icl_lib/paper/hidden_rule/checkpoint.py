@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from icl_lib.models.lora import require_free
 from icl_lib.paper.hidden_rule.evaluation import QUERIES, measure, measure_swapped
 from icl_lib.paper.hidden_rule.reference import ambiguous
 from icl_lib.paper.hidden_rule.task import HELD_OUT, PAIRS, RULES, VOCABULARY
@@ -113,12 +114,14 @@ def export(folder: str | Path, model: nn.Module | None = None) -> Path:
         python -m icl_lib verify --model FOLDER --prompt "2+3=10, 4+2=12, 1+5=12, " --query "2+8="
 
     Args:
-        folder: created if it is missing.
+        folder: created if it is missing; otherwise it must be empty.
         model: by default the book's model.
+
+    Raises `ValueError` for a folder that holds any file. From the shell:
+    ``python -m icl_lib.paper.hidden_rule --export FOLDER``.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder is {str(folder)!r}, which is a file: give a folder; it is created if it is missing.")
+    require_free("folder", folder, remedy="")
     model = model or load_hidden_rule()
     from transformers.utils import logging
 
