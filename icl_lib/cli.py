@@ -299,7 +299,13 @@ def _both_ids(
             f"--prompt and --query are {prompt + query!r}, which the tokenizer cannot encode: give a text in its "
             f"vocabulary, or --prompt-ids and --query-ids. {_told(error)}"
         ) from None
-    return ids[:split], ids[split:]
+    before, after = ids[:split], ids[split:]
+    typer.echo(
+        f"the model reads {len(before)} tokens of prompt, {tokenizer.decode(before)!r}, and {len(after)} of query, "
+        f"{tokenizer.decode(after)!r}",
+        err=True,
+    )
+    return before, after
 
 
 def _numbers(name: str, ids: str) -> list[int]:

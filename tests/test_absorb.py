@@ -230,10 +230,10 @@ GOOD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).double()
     ("change", "says"),
     [
         ({"model": torch.sin}, "model is a builtin_function_or_method"),
-        ({"model": nn.Linear(8, 8)}, "model is a Linear, whose anatomy is unknown"),
+        ({"model": nn.Linear(8, 8).double()}, "model is a Linear, whose anatomy is unknown"),
         ({"inputs": [[0.0]]}, "inputs is a list"),
         ({"inputs": GOOD[0]}, r"inputs has shape \(8,\)"),
-        ({"inputs": GOOD.float()}, "sequence.dtype is torch.float32"),
+        ({"inputs": GOOD.float()}, "inputs.dtype is torch.float32 but model.dtype is torch.float64"),
         ({"inputs": GOOD[:, :5]}, r"sequence has shape \(6, 5\): give"),
         ({"inputs": NAN}, r"inputs\[2, 3\] is nan"),
         ({"inputs": GOOD[:1]}, "inputs hold 1 token"),

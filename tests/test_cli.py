@@ -43,6 +43,9 @@ def test_verify_holds(folder):
     assert "LlamaForCausalLM, 6 blocks, 2 positions" in by_text.stdout
     assert "The identity holds to 1e-05" in by_text.stdout
     assert by_text.stdout == by_ids.stdout
+    assert "the model reads 5 tokens of prompt, 'w3 w1 w4 w15 w9'" in by_text.stderr
+    assert "and 2 of query, 'w2 w6'" in by_text.stderr
+    assert "the model reads" not in by_ids.stderr
 
 
 def test_verify_in_json_and_double_precision(folder):

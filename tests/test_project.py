@@ -34,13 +34,6 @@ def pins(file):
     return dict(reversed(found))  # of several pins, the first is for newer Pythons, and Binder has one of those
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("book/api.md", 1)])
-def test_the_examples_run_in_order(page, count):
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert len(examples) == count
-    exec(compile("\n".join(examples), page, "exec"), {})
-
-
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_the_paths_and_targets_that_a_page_names_exist(page):
     text = (ROOT / page).read_text()

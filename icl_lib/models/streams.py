@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.models.prompt import Prompt, accepted
-from icl_lib.validation import require_finite, require_float
+from icl_lib.validation import require_finite, require_float, require_same_kind
 
 
 class Stream(Prompt):
@@ -26,6 +26,9 @@ class Stream(Prompt):
             )
         require_float("inputs", inputs, 2, "[*batch, n, dim]")
         require_finite("inputs", inputs, "find where the inputs become NaN or infinite.")
+        own = {part.dtype: part for part in model.parameters() if part.is_floating_point()}
+        if own and inputs.dtype not in own:
+            require_same_kind("model", next(iter(own.values())), inputs=inputs)
         if not inputs.numel():
             raise ValueError(
                 f"inputs have shape {tuple(inputs.shape)}, which holds no tokens: give [*batch, n, dim] with n of at "
