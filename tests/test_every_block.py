@@ -161,6 +161,7 @@ def test_bad_settings_are_named(change, says):
         EveryBlockSettings(**change)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     whole = run_every_block(TINY)
     measure, seen = every_block.measure_every_block, []
@@ -234,6 +235,7 @@ def test_every_figure_of_the_paper_has_its_runs():
     assert all(replace(EveryBlockSettings(), length=length) in settings for length in (51, 101, 1001))
 
 
+@pytest.mark.slow
 def test_figures_are_written_once(tmp_path):
     settings = paper_settings(TINY, seeds=2, varied={"norm": ("none", "pre")})
     first = write_figures(tmp_path / "runs", tmp_path / "data" / "summary.json", settings, workers=1, progress=False)

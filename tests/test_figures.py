@@ -29,6 +29,7 @@ def identifiers(svg: str) -> set[str]:
     return set(re.findall(r'\bid="([^"]+)"', svg))
 
 
+@pytest.mark.slow
 def test_a_drawing_gives_the_same_bytes_again():
     assert curve().svg == curve().svg
     code = "from icl_lib.paper.figures import *; print(rank_one_picture(**PLANE_EXAMPLE).svg)"

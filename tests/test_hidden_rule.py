@@ -297,6 +297,7 @@ def test_the_puzzle_is_answered_and_the_bare_query_is_not(model):
     assert VOCABULARY.decode(replies(model, VOCABULARY.encode("2+3=1, 4+2=2, 2+8=")[None])) == "6"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query", ["training", "held out"])
 def test_the_model_finds_the_rule(model, query):
     two, four, bare = (sample_prompts(2000, examples, 77 + examples, query) for examples in (2, 4, 0))
@@ -416,6 +417,7 @@ def test_the_command_trains_and_writes(tmp_path, monkeypatch, capsys):
     assert record["settings"]["steps"] == 5
 
 
+@pytest.mark.slow
 def test_the_library_does_not_need_transformers():
     code = "import sys; sys.modules['transformers'] = None; from icl_lib.paper import hidden_rule as h\n"
     code += "h.sample_prompts(2, 2, 0)\ntry: h.build(h.HiddenRuleSettings())\nexcept ImportError as error: print(error)"

@@ -40,6 +40,7 @@ def test_loss():
     torch.testing.assert_close(mean_squared_error(output, prompts), torch.tensor(4.0).double())
 
 
+@pytest.mark.slow
 def test_training_learns_and_repeats_itself():
     state = torch.random.get_rng_state()
     losses = []

@@ -28,8 +28,14 @@ DERIVATIONS = {
     **{f"weight_update {m} × {n}": lambda m=m, n=n: weight_update(m, n) for m, n in ((3, 2), (1, 1), (2, 1), (1, 3))},
     "normalised_lms_heads 3": lambda: symbolic.normalised_lms_heads(3),
 }
-derive_once = [functools.cache(derive) for derive in DERIVATIONS.values()]
-derivations = pytest.mark.parametrize("derive", derive_once, ids=DERIVATIONS)
+SLOW = {"normalised_lms_heads 3"}
+derivations = pytest.mark.parametrize(
+    "derive",
+    [
+        pytest.param(functools.cache(derive), id=name, marks=[pytest.mark.slow] * (name in SLOW))
+        for name, derive in DERIVATIONS.items()
+    ],
+)
 
 
 # These divide by entries of a vector, by a matrix, or by the length of a multiple of the vector in the condition.
@@ -502,6 +508,7 @@ def clear_caches():
                 function.cache_clear()
 
 
+@pytest.mark.slow
 def test_no_derivation_depends_on_the_text_of_a_step(monkeypatch):
     """Titles and sentences are edited, all of them, and then every statement is derived again."""
 
