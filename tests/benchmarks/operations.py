@@ -20,9 +20,9 @@ def operations(batch: int, tokens: int, width: int, blocks: int, causal: bool = 
     first, rest = 4 * width**2, (16 + 4) * width**2  # of the MLP, for each token
     forward = attention(tokens) + tokens * (first + rest)
     alone = attention(1) + first + rest
-    # In each block: the query alone; W (g - f) and the rest of the MLP at every position; attention and W f of the
-    # patched block. At the end the whole model on the bare query, with its patch and without.
-    extra = alone + tokens * (first + rest) + (attention(1) + first) + 2 * alone
+    # In each block: the bare query without edits; with them, attention and W f for the query, and W (g - f) and the rest
+    # of the MLP at every position.
+    extra = alone + (attention(1) + first) + tokens * (first + rest)
     return {"forward": 2 * batch * blocks * forward, "verify": 2 * batch * blocks * (forward + extra)}
 
 
