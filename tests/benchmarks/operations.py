@@ -20,8 +20,8 @@ def operations(batch: int, tokens: int, width: int, blocks: int, causal: bool = 
     first, rest = 4 * width**2, (16 + 4) * width**2  # of the MLP, for each token
     forward = attention(tokens) + tokens * (first + rest)
     alone = attention(1) + first + rest
-    # In each block: the bare query without edits; with them, attention and W f for the query, and W (g - f) and the rest
-    # of the MLP at every position.
+    # In each block: the bare query without edits; with them, attention and W f for the query, and W (g - f) and the
+    # rest of the MLP at every position.
     extra = alone + (attention(1) + first) + tokens * (first + rest)
     return {"forward": 2 * batch * blocks * forward, "verify": 2 * batch * blocks * (forward + extra)}
 
