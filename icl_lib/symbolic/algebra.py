@@ -11,7 +11,7 @@ A :class:`Rule` adds what is assumed: wherever its left side occurs in a word, t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import sympy as sp
@@ -77,11 +77,6 @@ def vanishes(expression: Any, rules: Sequence[Rule] = ()) -> bool:
     >>> vanishes(u * v.T * u - sp.Trace(v.T * u) * u), vanishes(u * v.T - v * u.T)
     (True, False)
     """
-    return _vanishes(expression, tuple(rules))
-
-
-@lru_cache(maxsize=4096)  # a derivation that differs in one formula proves only this one anew
-def _vanishes(expression: Any, rules: tuple[Rule, ...]) -> bool:
     if isinstance(expression, sp.MatrixBase):
         return all(_is_zero(entry) for entry in expression)
     return all(map(_is_zero, multiplied_out(expression, rules).values()))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import sympy as sp
@@ -39,11 +40,16 @@ class Equation:
     def holds(self, derivation: Derivation) -> bool:
         """Whether all parts are equal under the names and assumptions of the derivation."""
         first, *others = (derivation.meaning_of(part, self.values(derivation)) for part in self.parts)
-        return all(vanishes(other - first, derivation.rules) for other in others)
+        return all(_equal(first, other, derivation.rules) for other in others)
 
     def values(self, derivation: Derivation) -> Mapping[Any, Any]:
         """What is known of the symbols when the equation is proved."""
         raise NotImplementedError
+
+
+@lru_cache(maxsize=4096)  # a derivation that differs in one formula proves only this one anew
+def _equal(first: Any, other: Any, rules: tuple[Rule, ...]) -> bool:
+    return vanishes(other - first, rules)
 
 
 class Identity(Equation):
@@ -267,7 +273,9 @@ class Derivation:
 
 
 def _entries_of(expression: Any) -> Any:
-    return expression.as_explicit() if isinstance(expression, sp.MatrixExpr) else expression
+    if isinstance(expression, sp.MatrixExpr):
+        return expression.as_explicit()
+    return expression.as_immutable() if isinstance(expression, sp.MatrixBase) else expression
 
 
 def rewritten(derived: Any, simpler: Any, rules: tuple[Rule, ...] = ()) -> Any:
