@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from icl_lib.models.activations import CachedPrompt, with_context
 from icl_lib.models.anatomy import HOW_TO_REGISTER, Anatomy, Site, known_anatomy, outer_choices, require_plain, sites
 from icl_lib.models.block_edits import NotReproducedError
-from icl_lib.models.passes import bar_over, edits_of, experts_one_by_one
+from icl_lib.models.passes import bar_over, edits_of
 from icl_lib.models.patch import NO_JOINT_EDIT, Patch
 from icl_lib.models.probing import probe
-from icl_lib.models.prompt import Prompt
+from icl_lib.models.prompt import Prompt, experts_one_by_one
 from icl_lib.models.streams import Stream
 from icl_lib.models.tokens import Tokens
 
@@ -146,7 +146,7 @@ def absorb(
     placed = sites(model, anatomy)
     outer = outer_of(placed, outer, prompt, joint, model)
     try:
-        with bar_over(len(placed), 2, progress) as bar, experts_one_by_one(model, placed):
+        with bar_over(len(placed), 2, progress) as bar, experts_one_by_one(model):
             cached, _ = cache(model, placed, prompt, inputs, keep=1, visit=bar.update)
             blocks = edits_of(model, placed, cached, outer, joint=joint, visit=bar.update)
     except NotReproducedError as error:

@@ -14,8 +14,8 @@ from icl_lib.measures import relative_error
 from icl_lib.models.absorb import anatomy_of, outer_of
 from icl_lib.models.activations import CachedPrompt, with_context
 from icl_lib.models.anatomy import sites
-from icl_lib.models.passes import experts_one_by_one, without_context
-from icl_lib.models.prompt import accepted
+from icl_lib.models.passes import without_context
+from icl_lib.models.prompt import accepted, experts_one_by_one
 from icl_lib.models.tokens import Tokens
 from icl_lib.validation import require_size
 
@@ -85,7 +85,7 @@ def greedy_agreement(
     lead = torch.Size((len(ids), 1))
     chosen: list[tuple[Tensor, Tensor, Tensor]] = []
     errors = []
-    with experts_one_by_one(model, placed), torch.no_grad():
+    with experts_one_by_one(model), torch.no_grad():
         start = {name: part[:, :-1] for name, part in prompt.whole(ids).items()}
         Tokens.run(model, start, keep=1, **options)
         current = ids[:, -1:]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from icl_lib.environment import building_book
 from icl_lib.measures import relative_error
 from icl_lib.models.activations import CachedPrompt, on_output
-from icl_lib.models.anatomy import Site, is_experts
+from icl_lib.models.anatomy import Site
 from icl_lib.models.block_edits import BlockEdits, NotReproducedError
 from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.report import TOLERANCE
@@ -127,25 +127,6 @@ def tolerance_of(dtype: torch.dtype, edits: BlockEdits) -> float:
     """
     shared = edits.joint and edits.kind == "down" and edits.norm is not None and edits.prompt.lead.numel() > 1
     return max(TOLERANCE[one] for one in (dtype, *edits.dtypes, *[torch.float32] * shared))
-
-
-@contextlib.contextmanager
-def experts_one_by_one(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """Inside the ``with``, a mixture multiplies by the matrix of one expert at a time, so that each can be edited.
-
-    This is the implementation "eager" of transformers, the only one that also runs in float64.
-    """
-    if not any(is_experts(block, path) for _, block, anatomy in sites for path in anatomy.inner) or not hasattr(
-        model, "get_experts_implementation"
-    ):
-        yield
-        return
-    before = model.get_experts_implementation()
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
 
 
 def bar_over(blocks: int, passes: int, progress: bool) -> tqdm:

@@ -22,8 +22,8 @@ from icl_lib.models.block_edits import NotReproducedError
 from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.edited_weights import parameter_at, split
 from icl_lib.models.lora import require_free, write_adapter
-from icl_lib.models.passes import edits_of, experts_one_by_one
-from icl_lib.models.prompt import Call, Prompt
+from icl_lib.models.passes import edits_of
+from icl_lib.models.prompt import Call, Prompt, experts_one_by_one
 from icl_lib.models.streams import Stream
 
 NO_JOINT_EDIT = (
@@ -128,7 +128,7 @@ class Patch:
             )
         placed = self._placed(model)
         try:
-            with experts_one_by_one(model, placed):
+            with experts_one_by_one(model):
                 blocks = edits_of(model, placed, self.cached, self.outer_kind, joint=True, dense=dense)
         except NotReproducedError as error:
             raise ValueError(f"{error} {NO_JOINT_EDIT}") from None
@@ -156,7 +156,7 @@ class Patch:
         """
         placed = self._placed(model)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(experts_one_by_one(model, placed))
+            stack.enter_context(experts_one_by_one(model))
             for site, edits in zip(placed, self._of_query(), strict=True):
                 stack.enter_context(edits.applied(site.block, site.anatomy, site.where))
             yield model

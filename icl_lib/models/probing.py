@@ -31,7 +31,7 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.models.anatomy import Anatomy, Factor, factor_at
+from icl_lib.models.prompt import experts_one_by_one
 from icl_lib.models.trials import Arguments, BlockTrial, Run, close, first, has_vectors, hooked, limit
 
 TOKENS = 12
@@ -81,7 +82,7 @@ def probe(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
             return model(one.clone())
         return model(input_ids=one.reshape(1, -1)[:, :TOKENS], **({"use_cache": False} if uncached else {}))
 
-    with torch.no_grad(), torch.random.fork_rng([one.device] if one.is_cuda else []), _experts_one_by_one(model):
+    with torch.no_grad(), torch.random.fork_rng([one.device] if one.is_cuda else []), experts_one_by_one(model):
         return deduce(run, model)
 
 
@@ -357,17 +358,3 @@ def _some_tokens(model: nn.Module) -> Tensor:
     embedding = model.get_input_embeddings()
     ids = torch.randperm(embedding.num_embeddings, generator=torch.Generator().manual_seed(0))[:TOKENS]
     return ids.to(embedding.weight.device)
-
-
-@contextlib.contextmanager
-def _experts_one_by_one(model: nn.Module) -> Iterator[None]:
-    """Inside the ``with``, a mixture of transformers runs one expert at a time, which works in every dtype."""
-    if not hasattr(model, "get_experts_implementation"):
-        yield
-        return
-    before = model.get_experts_implementation()
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)

@@ -6,8 +6,10 @@ A model reads a float stream or token ids. The two differ in :mod:`icl_lib.model
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -103,3 +105,20 @@ def require_still(model: nn.Module) -> None:
 def accepted(model: nn.Module) -> frozenset[str]:
     """Return the names of the arguments of the model's forward pass."""
     return frozenset(inspect.signature(type(model).forward).parameters)
+
+
+@contextlib.contextmanager
+def experts_one_by_one(model: nn.Module) -> Iterator[None]:
+    """Inside the ``with``, a mixture multiplies by the matrix of one expert at a time, so that each can be edited.
+
+    This is the implementation "eager" of transformers, the only one that also runs in float64.
+    """
+    if not hasattr(model, "get_experts_implementation"):
+        yield
+        return
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

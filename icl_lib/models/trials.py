@@ -314,7 +314,10 @@ def first(value: Any) -> Tensor | None:
 
 
 def limit(like: Tensor) -> float:
-    """Return the relative error of a difference that may be rounding; some parts compute in float32 in any model."""
+    """Return the relative error of a difference that may be rounding; some parts compute in float32 in any model.
+
+    It only sorts out guesses. Whether the edits are exact is found out by running the edited model.
+    """
     return max(1e-5, torch.finfo(like.dtype).eps ** 0.5)
 
 

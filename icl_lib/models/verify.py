@@ -22,8 +22,8 @@ from icl_lib.models.absorb import anatomy_of, cache, outer_of, prompt_of
 from icl_lib.models.activations import CachedPrompt, on_output
 from icl_lib.models.anatomy import Site, sites
 from icl_lib.models.block_edits import BlockEdits
-from icl_lib.models.passes import bar_over, experts_one_by_one, tolerance_of, without_context
-from icl_lib.models.prompt import Prompt
+from icl_lib.models.passes import bar_over, tolerance_of, without_context
+from icl_lib.models.prompt import Prompt, experts_one_by_one
 from icl_lib.models.report import Report
 
 CONTROLS = 32
@@ -77,7 +77,7 @@ def verify(
     squared: list[float] = []
     tolerances: list[float] = []
 
-    with bar_over(len(placed), 3, progress) as bar, experts_one_by_one(model, placed):
+    with bar_over(len(placed), 3, progress) as bar, experts_one_by_one(model):
         cached, outputs = cache(model, placed, prompt, inputs, keep=prompt.bare_lead[-1], visit=bar.update)
         outputs = outputs.reshape(*cached.bare_lead, outputs.shape[-1])
         control, output_control = _without_edits(model, placed, prompt, cached, outputs, bar.update)
