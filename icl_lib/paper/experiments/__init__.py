@@ -25,6 +25,7 @@ from icl_lib.paper.experiments.one_block import (
     with_other_tail,
 )
 from icl_lib.paper.experiments.paper_scale import VARIED, paper_settings, summarise, write_figures
+from icl_lib.paper.experiments.parts import head_matrices, with_initial
 from icl_lib.paper.experiments.token_by_token import (
     BesideSGD,
     Cosines,
@@ -33,6 +34,7 @@ from icl_lib.paper.experiments.token_by_token import (
     compare_with_sgd,
     decay_exponent,
     estimate,
+    lower_next,
     ranks_from_left,
     read_token_by_token,
     recurrent_block,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +16,11 @@ __all__ = ["LANGUAGE_MODELS", "VOCABULARY", "edited_for_questions", "small_langu
 
 @torch.no_grad()
 def edited_for_questions(
-    model: nn.Module, examples: Int[Tensor, " n"], questions: Int[Tensor, "m length"], ridge: float = 1e-2
+    model: nn.Module,
+    examples: Int[Tensor, " n"],
+    questions: Int[Tensor, "m length"],
+    ridge: float = 1e-2,
+    blocks: Collection[int] | None = None,
 ) -> nn.Module:
     r"""Copy a Llama and edit its MLPs so that, on these questions alone, it computes about what it does after examples.
 
@@ -33,6 +38,7 @@ def edited_for_questions(
         examples: the token ids that precede every question, and that the edits replace.
         questions: token ids, one question a row.
         ridge: the strength of the ridge, $\mu$.
+        blocks: the blocks to edit, numbered from 0; by default all. Each is fitted to the stream that reaches it.
     """
     rows, length = questions.shape
     with_examples = torch.cat([examples.expand(rows, -1), questions], dim=1)
@@ -40,6 +46,8 @@ def edited_for_questions(
     edited = copy.deepcopy(model)
     streams, reads = _mlp_inputs(model, length, input_ids=with_examples)
     for block, layer in enumerate(edited.model.layers):
+        if blocks is not None and block not in blocks:
+            continue
         mlp, (stream, read) = layer.mlp, (part[block] for part in _mlp_inputs(edited, length, **alone))
         for inner in (mlp.gate_proj, mlp.up_proj):
             inner.weight += _ridge_edit(read, (reads[block] - read) @ inner.weight.mT, ridge)

@@ -292,6 +292,33 @@ def compare_with_sgd(
     return compared
 
 
+def lower_next(block: ContextualBlock, prompts: Prompts, learning_rate: float) -> dict[str, float]:
+    """The share of steps that lower the loss of the next token, which is not known when the step is taken.
+
+    For ``reading``, the losses are those of :meth:`~icl_lib.dynamics.path.Trajectory.linear_losses`; each is linear, so
+    the step before lowers it if and only if the two steps have a positive inner product. For ``SGD`` on the first
+    linear map, the loss is the squared error of the next example.
+
+    >>> from icl_lib.paper.regression import sample_prompts
+    >>> prompts = sample_prompts(count=4, examples=6, features=2, seed=0)
+    >>> sorted(lower_next(recurrent_block().double(), prompts, 0.01))
+    ['SGD', 'reading']
+    """
+    steps = trajectory(block, prompts.context, prompts.query).increments
+    trained, right = fine_tune(block, prompts, learning_rate), prompts.context[..., -1]
+    fell = []
+    for i in range(1, right.shape[-1]):
+        before, after = (
+            squared_error(answers(block, trained.first(taken), prompts.questions[:, i]), right[:, i])
+            for taken in (i - 1, i)
+        )
+        fell.append(after < before)
+    return {
+        "reading": (steps[:, 1:].inner(steps[:, :-1]) > 0).double().mean().item(),
+        "SGD": torch.stack(fell).double().mean().item(),
+    }
+
+
 def ranks_from_left(block: ContextualBlock, prompts: Prompts) -> Estimate:
     """The numerical rank of $P_i - W$ after 0 … n tokens eaten from the left."""
     eaten = eaten_from_left(block, prompts.context, prompts.query)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,12 @@ def measure_swapped(model: nn.Module, examples: int, count: int = 4000, seed: in
 
 
 def measure_edited(
-    model: nn.Module, questions: int, rules: Sequence[Rule] = RULES, seed: int = 0, ridge: float = 1e-2
+    model: nn.Module,
+    questions: int,
+    rules: Sequence[Rule] = RULES,
+    seed: int = 0,
+    ridge: float = 1e-2,
+    blocks: Collection[int] | None = None,
 ) -> dict[str, float]:
     """Measure how often the model is right on new questions, without examples, after an edit from some questions.
 
@@ -82,11 +87,12 @@ def measure_edited(
 
     Args:
         questions: the number of questions for an edit, 0 to 46; 0 leaves the model as it is.
-        ridge: of the edit.
+        ridge, blocks: of the edit.
 
     Returns shares, averaged over the rules: ``right``, of answers by the rule; ``other``, the same after the edit for
     the next rule; ``agree``, of answers equal to those of the model with the examples; ``prompted``, of its right
-    answers.
+    answers; ``fitted``, of right answers to the questions of the edit itself (of those that were left out, without
+    an edit).
     """
     require_size("questions", questions, 0)
     if questions > MOST_QUESTIONS:
@@ -97,11 +103,11 @@ def measure_edited(
     generator = torch.Generator().manual_seed(seed)
     drawn = [_draw(rule, generator) for rule in rules]
     edits = [
-        edited_for_questions(model, prompts.tokens[0, :-4], prompts.tokens[:questions, -4:], ridge)
+        edited_for_questions(model, prompts.tokens[0, :-4], prompts.tokens[:questions, -4:], ridge, blocks)
         for prompts, _ in (drawn if questions else ())
     ] or [model] * len(drawn)
-    found: dict[str, list[Tensor]] = {"right": [], "other": [], "agree": [], "prompted": []}
-    for index, (_, asked) in enumerate(drawn):
+    found: dict[str, list[Tensor]] = {"right": [], "other": [], "agree": [], "prompted": [], "fitted": []}
+    for index, (fitted, asked) in enumerate(drawn):
         alone, prompted = asked.tokens[:, -4:], replies(model, asked.tokens)
         answers, others = replies(edits[index], alone), replies(edits[index + 1 - len(edits)], alone)
         for name, agree in (
@@ -109,6 +115,7 @@ def measure_edited(
             ("other", others == asked.answer),
             ("agree", answers == prompted),
             ("prompted", prompted == asked.answer),
+            ("fitted", (replies(edits[index], fitted.tokens[:, -4:]) == fitted.answer)[: questions or None]),
         ):
             found[name].append(agree)
     return {name: torch.cat(agree).double().mean().item() for name, agree in found.items()}

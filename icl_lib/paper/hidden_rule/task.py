@@ -28,10 +28,18 @@ FORMS: dict[str, Callable[[Any, Any], Any]] = {
 }
 """The forms of the rules, by name, before a constant is added."""
 
+NEW_FORMS: dict[str, Callable[[Any, Any], Any]] = {
+    "3a+b": lambda a, b: 3 * a + b,
+    "a+3b": lambda a, b: a + 3 * b,
+    "2|a-b|": lambda a, b: 2 * abs(a - b),
+    "max(a,b)": lambda a, b: (a + b + abs(a - b)) // 2,
+}
+"""Forms that training never shows."""
+
 
 @dataclass(frozen=True)
 class Rule:
-    """A hidden rule: a form of :data:`FORMS` plus a constant.
+    """A hidden rule: a form of :data:`FORMS` or :data:`NEW_FORMS` plus a constant.
 
     >>> rule = Rule("2(a+b)")
     >>> rule(2, 3), rule(4, 2), rule(2, 8)
@@ -44,19 +52,25 @@ class Rule:
     constant: int = 0
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form is {self.form!r}: choose one of {', '.join(FORMS)}.")
+        if self.form not in (known := {**FORMS, **NEW_FORMS}):
+            raise ValueError(f"form is {self.form!r}: choose one of {', '.join(known)}.")
         require_size("constant", self.constant, 0)
 
     def __call__(self, a: Any, b: Any) -> Any:
-        return FORMS[self.form](a, b) + self.constant
+        return {**FORMS, **NEW_FORMS}[self.form](a, b) + self.constant
 
     def __str__(self) -> str:
         return f"{self.form}+{self.constant}" if self.constant else self.form
 
 
 RULES = tuple(Rule(form, constant) for form in FORMS for constant in range(5))
-"""All rules; prompts draw them with equal probability."""
+"""All rules of training; prompts draw them with equal probability."""
+
+NEW_RULES = {
+    "new constants": tuple(Rule(form, constant) for form in FORMS for constant in (5, 6, 7)),
+    "new forms": tuple(Rule(form, constant) for form in NEW_FORMS for constant in range(5)),
+}
+"""Rules that training never shows, in two groups. None of them is a rule of training under another name."""
 
 PAIRS = torch.cartesian_prod(torch.arange(1, 10), torch.arange(1, 10))
 """``[81, 2]``: the pairs of numbers that a prompt can ask for."""
@@ -154,17 +168,19 @@ class Prompts:
     """Prompts with the same number of examples.
 
     Attributes:
-        rule: ``[count]``: indices into :data:`RULES`.
+        rule: ``[count]``: indices into the rows of ``answers``; by default, into :data:`RULES`.
         pair: ``[count, examples + 1]``: indices into :data:`PAIRS`, of the examples and then of the query.
+        answers: ``[rules, 81]``: the answer of each rule to each pair; by default those of the rules of training.
     """
 
     rule: Int[Tensor, " count"]
     pair: Int[Tensor, "count length"]
+    answers: Int[Tensor, "rules pairs"] = ANSWERS
 
     @property
     def numbers(self) -> Int[Tensor, "count length"]:
         """The rule's answer to each pair; the last is that of the query."""
-        return ANSWERS[self.rule[:, None], self.pair]
+        return self.answers[self.rule[:, None], self.pair]
 
     @property
     def answer(self) -> Int[Tensor, " count"]:
