@@ -83,7 +83,15 @@ class ContextualBlock(nn.Module):
 
     def read(self, context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]) -> Tensor:
         """The MLP's input, $A(C, x)$, with its shape, dtype and device checked."""
-        read = self.contextual(context, query)
+        try:
+            read = self.contextual(context, query)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, RuntimeError, AssertionError, IndexError) as error:  # whatever the layer's own code raises
+            raise ValueError(
+                f"the contextual layer does not run as layer(context, query) with {list(context.shape)} and "
+                f"{list(query.shape)}: {error}. Wrap it in a module whose forward(context, query) calls it."
+            ) from error
         weight = self.first_linear.weight
         wanted = (*query.shape[:-1], weight.shape[-1])
         if not isinstance(read, Tensor) or read.shape != wanted:

@@ -22,6 +22,7 @@ import sys
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from icl_lib.models.activations import CachedPrompt, with_context
@@ -150,16 +151,16 @@ def absorb(
             cached, _ = cache(model, placed, prompt, inputs, keep=1, visit=bar.update)
             blocks = edits_of(model, placed, cached, outer, joint=joint, visit=bar.update)
     except NotReproducedError as error:
-        cause = NO_JOINT_EDIT if joint else _cause(model, inputs, anatomy)
+        cause = NO_JOINT_EDIT if joint else cause_of(model, inputs, anatomy)
         raise ValueError(f"{error} {cause}") from None
     return Patch(blocks, anatomy, prompt, outer, cached, joint, weakref.ref(model))
 
 
-def _cause(model: nn.Module, inputs: Tensor, anatomy: Anatomy) -> str:
-    """Return why a patch does not reproduce its prompt, as far as probing the model tells."""
+def cause_of(model: nn.Module, inputs: Tensor, anatomy: Anatomy) -> str:
+    """Return why edits do not reproduce a prompt, as far as probing the model tells."""
     try:
         found = probe(model, inputs)
-    except ValueError as reason:
+    except Exception as reason:  # whatever the model's own forward pass raises
         return f"Probing the model says: {reason}"
     if found != anatomy:
         return f"Its entry says {anatomy}, but probing finds {found}: correct the entry with register_anatomy."
@@ -173,6 +174,14 @@ def cache(
 
     The options are those of :func:`~icl_lib.models.activations.with_context`.
     """
-    blocks, outputs = with_context(model, placed, type(prompt), prompt.whole(inputs), prompt.lead, **options)
+    try:
+        blocks, outputs = with_context(model, placed, type(prompt), prompt.whole(inputs), prompt.lead, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, IndexError) as error:  # whatever the model's own forward pass raises
+        raise ValueError(
+            f"{type(model).__name__} does not run on inputs {list(inputs.shape)} of {inputs.dtype}: {error}. Give "
+            "inputs of the width and the length that it reads."
+        ) from error
     last = outputs.reshape(*prompt.lead[:-1], -1, outputs.shape[-1])[..., -1, :]
     return CachedPrompt(type(prompt), prompt.bare(inputs), prompt.lead, prompt.bare_lead, blocks, last), outputs

@@ -101,7 +101,7 @@ class BlockEdits:
     def patch(self) -> BlockPatch:
         """Return the edits."""
         sent = {} if self.joint else self.sent
-        return BlockPatch(self.inner, self.outer, self.change, sent, frozenset(self.transposed))
+        return BlockPatch(self.inner, self.outer, self.change, sent, frozenset(self.transposed), self.kind)
 
     def _shaped(self, tokens: Tensor) -> Tensor:
         """Return tokens with the leading dimensions of the edits, or of the query if it stands for all positions."""

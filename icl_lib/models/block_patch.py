@@ -33,6 +33,7 @@ class BlockPatch:
         change: $\Delta h_i$ itself, the change of the stream, ``[*batch, positions, width]``.
         sent: in a mixture of experts, the tokens sent to each expert, numbered through batch and positions.
         transposed: the paths whose parameters hold the matrix as ``[in, out]``.
+        kind: which weights add $\Delta h_i$: ``down``, ``bias`` or ``scale``.
 
     It prints in one line, with the shape and the rank of each edit:
 
@@ -47,11 +48,20 @@ class BlockPatch:
     change: Tensor
     sent: dict[int, Tensor] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    kind: str = "down"
 
     @property
     def weight(self) -> LowRank:
-        r"""The edit of the first inner map, or of the last map in a parallel block."""
+        r"""$\Delta W$, the edit of the first inner map, or of the last map in a parallel block.
+
+        This and ``bias`` are named as in :class:`icl_lib.blocks.block.ImplicitUpdate`.
+        """
         return next(iter(self.edits.values()))
+
+    @property
+    def bias(self) -> Tensor | None:
+        r"""$\Delta b'$, the edit of the bias of the last map or norm; None if another weight takes the change."""
+        return next(iter(self.outer.values()), None) if self.kind == "bias" else None
 
     @property
     def edits(self) -> dict[str, LowRank | Tensor]:
@@ -89,7 +99,7 @@ class BlockPatch:
             return LowRank(edit.left[..., positions, :, :].clone(), right)
 
         inner, outer = ({path: chosen(edit) for path, edit in part.items()} for part in (self.inner, self.outer))
-        return BlockPatch(inner, outer, self.change[..., positions, :].clone(), transposed=self.transposed)
+        return BlockPatch(inner, outer, self.change[..., positions, :].clone(), {}, self.transposed, self.kind)
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """Return the size of the inner edits and of the outer edits at each position, ``[*batch, positions]``.

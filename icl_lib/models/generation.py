@@ -69,6 +69,11 @@ def greedy_agreement(
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids is a {type(input_ids).__name__}: give a tensor of token ids [*batch, n].")
     require_size("max_new_tokens", max_new_tokens)
+    if _cache_name(model) not in accepted(model):
+        raise ValueError(
+            f"the forward pass of {type(model).__name__} takes no key-value cache, in which the earlier text is kept: "
+            "give a model of Hugging Face with past_key_values."
+        )
     length = input_ids.shape[-1] if input_ids.ndim else 0
     prompt = Tokens(model, input_ids, length - 1)
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)

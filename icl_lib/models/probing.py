@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.models.anatomy import Anatomy, Factor, factor_at
-from icl_lib.models.prompt import experts_one_by_one
+from icl_lib.models.prompt import experts_one_by_one, ids_argument
 from icl_lib.models.trials import Arguments, BlockTrial, Run, close, first, has_vectors, hooked, limit
 
 TOKENS = 12
@@ -66,10 +66,12 @@ def probe(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
     Anatomy(blocks='layers', stream='linear1', inner=('linear1',), outer='linear2')
     """
     takes = inspect.signature(type(model).forward).parameters
-    of_tokens = "input_ids" in takes
+    ids = ids_argument(model)
+    of_tokens = "input_ids" in takes or (ids is not None and inputs is not None and not inputs.is_floating_point())
     if inputs is None and not of_tokens:
         raise ValueError(
-            f"inputs is None: give {type(model).__name__} a float stream [*batch, n, dim] to be probed on."
+            f"inputs is None: give {type(model).__name__} a float stream [*batch, n, dim] to be probed on, or "
+            "token ids [*batch, n]."
         )
     inputs = _some_tokens(model) if inputs is None else inputs
     one = inputs[(slice(1),) * (inputs.ndim - (1 if of_tokens else 2))]
@@ -80,7 +82,7 @@ def probe(model: nn.Module, inputs: Tensor | None = None) -> Anatomy:
     def run() -> Any:
         if not of_tokens:
             return model(one.clone())
-        return model(input_ids=one.reshape(1, -1)[:, :TOKENS], **({"use_cache": False} if uncached else {}))
+        return model(**{ids: one.reshape(1, -1)[:, :TOKENS]}, **({"use_cache": False} if uncached else {}))
 
     with torch.no_grad(), torch.random.fork_rng([one.device] if one.is_cuda else []), experts_one_by_one(model):
         return deduce(run, model)

@@ -73,7 +73,7 @@ class Prompt:
 
 def tokens_in(call: Call) -> int:
     """Return the number of tokens in a call."""
-    return call.shape[:-1].numel() if isinstance(call, Tensor) else call["input_ids"].numel()
+    return call.shape[:-1].numel() if isinstance(call, Tensor) else next(iter(call.values())).numel()
 
 
 def check_lengths(length: int, context_length: Any) -> None:
@@ -105,6 +105,18 @@ def require_still(model: nn.Module) -> None:
 def accepted(model: nn.Module) -> frozenset[str]:
     """Return the names of the arguments of the model's forward pass."""
     return frozenset(inspect.signature(type(model).forward).parameters)
+
+
+def ids_argument(model: nn.Module) -> str | None:
+    """Return the argument of the model's forward pass that takes token ids, or None if none does.
+
+    It is ``input_ids``. In a model without it that has an embedding, it is the first argument, such as nanoGPT's
+    ``idx``.
+    """
+    names = [*inspect.signature(type(model).forward).parameters][1:]  # without self
+    if "input_ids" in names:
+        return "input_ids"
+    return names[0] if names and any(isinstance(part, nn.Embedding) for part in model.modules()) else None
 
 
 @contextlib.contextmanager

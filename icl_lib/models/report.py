@@ -2,6 +2,7 @@ r"""The result of a verification: it prints as a table, shows as HTML in a noteb
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Callable
@@ -40,6 +41,7 @@ class Report:
         output_error: the relative error of the whole patched model on the bare query.
         output_control: the same without the patch.
         tolerance: the largest error for which the identity holds.
+        cause: if rounding does not explain the error, why the identity may fail, as far as probing the model tells.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Report:
     output_error: float
     output_control: float
     tolerance: float
+    cause: str = ""
 
     @property
     def max_error(self) -> float:
@@ -112,7 +115,8 @@ class Report:
             f"{written(self.max_error, 2)}. The whole model on the bare query has an error of "
             f"{written(self.output_error, 2)} with its edits and {written(self.output_control, 2)} without. "
             f"Without edits, {self.tested:.0%} of blocks and positions fail."
-            + ("" if self.tested else " Nothing was tested: the context changes nothing here."),
+            + ("" if self.tested else " Nothing was tested: the context changes nothing here.")
+            + (f" {self.cause}" if self.cause and not self.holds else ""),
         )
 
     def _table(self, form: str) -> str:
@@ -130,7 +134,7 @@ class Report:
         return (
             '<div class="icl-report" style="overflow-x:auto" '
             'tabindex="0" role="region" aria-label="Verification report">'
-            f"<p>{head}</p>{self._table('html')}<p>{verdict}</p></div>"
+            f"<p>{head}</p>{self._table('html')}<p>{html.escape(verdict, quote=False)}</p></div>"
         )
 
 

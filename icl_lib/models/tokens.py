@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icl_lib.models.prompt import Prompt, accepted
+from icl_lib.models.prompt import Prompt, accepted, ids_argument
 
 
 class Tokens(Prompt):
@@ -18,10 +18,11 @@ class Tokens(Prompt):
     @staticmethod
     def check(model: nn.Module, inputs: Any) -> None:
         """Require token ids of the model's vocabulary, and a model that reads them."""
-        if "input_ids" not in accepted(model):
+        if ids_argument(model) is None:
             raise ValueError(
-                f"inputs are token ids, but the forward pass of {type(model).__name__} has no argument input_ids: give "
-                "this model its float stream, or give a causal language model."
+                f"inputs are token ids, but the forward pass of {type(model).__name__} has no argument input_ids, and "
+                "the model has no torch.nn.Embedding: give this model its float stream, or give a causal language "
+                "model."
             )
         if inputs.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"inputs have dtype {inputs.dtype}: give token ids as inputs.long().")
@@ -32,7 +33,7 @@ class Tokens(Prompt):
             )
         if not inputs.ndim or not inputs.numel():
             raise ValueError(f"inputs have shape {tuple(inputs.shape)}: there is no token in them; give [*batch, n].")
-        known = model.get_input_embeddings().num_embeddings
+        known = _vocabulary(model)
         wrong = (inputs < 0) | (inputs >= known)
         if bool(wrong.any()):
             where = wrong.nonzero()[0].tolist()
@@ -47,6 +48,7 @@ class Tokens(Prompt):
             )
 
     def __init__(self, model: nn.Module, inputs: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.ids = ids_argument(model)
         config = getattr(model, "config", None)
         pad = getattr(config, "pad_token_id", None)
         # Without a padding token of its own, a model such as GPT-2 is padded with the token that ends a text.
@@ -90,9 +92,9 @@ class Tokens(Prompt):
         """Return the call with the context, as a user calls the model: without positions, if there is no mask."""
         ids = inputs.reshape(-1, inputs.shape[-1])
         if self.attention_mask is None:
-            return {"input_ids": ids}
+            return {self.ids: ids}
         mask = self.attention_mask.reshape(ids.shape)
-        return self._known({"input_ids": ids, "position_ids": self._positions(ids, 0), "attention_mask": mask})
+        return self._known({self.ids: ids, "position_ids": self._positions(ids, 0), "attention_mask": mask})
 
     def bare(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the call without the context, with every token at its own position."""
@@ -100,7 +102,7 @@ class Tokens(Prompt):
             inputs.reshape(-1, inputs.shape[-1]),
             self.context_length if self.reference == "query" else self.first,
         )
-        call = {"input_ids": ids[:, start:], "position_ids": self._positions(ids, start)}
+        call = {self.ids: ids[:, start:], "position_ids": self._positions(ids, start)}
         if self.reference == "self":  # each token is a sequence of its own
             call = {name: part.reshape(-1, 1) for name, part in call.items()}
         return self._known(call)
@@ -123,22 +125,39 @@ class Tokens(Prompt):
     def run(model: nn.Module, call: dict[str, Tensor], keep: int | None = None, **options: Any) -> Tensor:
         """Return the logits ``[rows, tokens, vocabulary]``, or those of the last ``keep`` tokens."""
         output = call_model(model, call, keep, **options)
-        logits = getattr(output, "logits", output)
+        logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             raise ValueError(
                 f"the model returns a {type(output).__name__} without logits [rows, tokens, vocabulary]: give a causal "
                 "language model."
             )
+        wanted = next(iter(call.values())).shape[1] if keep is None else keep
+        if logits.shape[1] < wanted:
+            raise ValueError(
+                f"the model returns the logits of {logits.shape[1]} token(s), and those of {wanted} are compared: let "
+                "its forward pass return the logits of all tokens."
+            )
         return logits if keep is None else logits[:, -keep:]
 
 
 def call_model(model: nn.Module, call: dict[str, Tensor], keep: int | None = None, **options: Any) -> Any:
-    """Run the model's own forward pass, with those options that it accepts."""
+    """Run the model's own forward pass, with those options that it accepts.
+
+    A model such as nanoGPT's, ``forward(idx, targets=None)``, returns the logits of all tokens only with targets.
+    """
     known = accepted(model)
     if "kwargs" in known and hasattr(getattr(model, "config", None), "use_cache"):
         known |= {"use_cache"}  # passed on to a part of the model
-    options = {"use_cache": False, **options} | ({"logits_to_keep": keep} if keep else {})
+    options = {"use_cache": False, "targets": next(iter(call.values())), **options}
+    options |= {"logits_to_keep": keep} if keep else {}
     return model(**{name: value for name, value in {**call, **options}.items() if name in known})
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return the number of tokens that the model knows; without ``get_input_embeddings``, the largest that it may."""
+    if hasattr(model, "get_input_embeddings"):
+        return model.get_input_embeddings().num_embeddings
+    return max(part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding))
 
 
 def _require_one_length(inputs: Tensor, pad: int | None) -> None:

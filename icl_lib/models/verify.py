@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.measures import relative_error, wide
-from icl_lib.models.absorb import anatomy_of, cache, outer_of, prompt_of
+from icl_lib.models.absorb import anatomy_of, cache, cause_of, outer_of, prompt_of
 from icl_lib.models.activations import CachedPrompt, on_output
 from icl_lib.models.anatomy import Site, sites
 from icl_lib.models.block_edits import BlockEdits
 from icl_lib.models.passes import bar_over, tolerance_of, without_context
+from icl_lib.models.patch import NO_JOINT_EDIT
 from icl_lib.models.prompt import Prompt, experts_one_by_one
 from icl_lib.models.report import Report
 
@@ -71,7 +73,8 @@ def verify(
     if tolerance is not None and not (type(tolerance) in (int, float) and tolerance > 0):
         raise ValueError(f"tolerance is {tolerance!r}: give a positive number, such as 1e-12.")
     prompt = prompt_of(model, inputs, context_length, reference, positions, joint, attention_mask)
-    placed = sites(model, anatomy_of(model, inputs))
+    anatomy = anatomy_of(model, inputs)
+    placed = sites(model, anatomy)
     outer = outer_of(placed, outer, prompt, joint, model)
     error: list[list[float]] = []
     squared: list[float] = []
@@ -90,7 +93,7 @@ def verify(
             bar.update()
 
         edited = without_context(model, placed, cached, outer, joint, require=False, visit=note)
-    return Report(
+    report = Report(
         model=type(model).__name__,
         reference=reference,
         context_length=context_length,
@@ -104,8 +107,11 @@ def verify(
         mean_squared_difference=squared,
         output_error=relative_error(edited.reshape(outputs.shape), outputs).max().item(),
         output_control=output_control,
-        tolerance=max(tolerances) if tolerance is None else float(tolerance),
+        tolerance=max(tolerances),
     )
+    if not report.holds:
+        report = replace(report, cause=NO_JOINT_EDIT if joint else cause_of(model, inputs, anatomy))
+    return report if tolerance is None else replace(report, tolerance=float(tolerance))
 
 
 def _without_edits(
