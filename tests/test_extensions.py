@@ -149,7 +149,7 @@ def test_bundle_of_the_library():
     static = ROOT / "icl_lib" / "static"
     script = page_assets.bundle({path.stem: path.read_text() for path in static.glob("*.mjs")}, "")
     assert not re.search(r"^\s*(import|export)\b", script, re.MULTILINE)
-    assert set(re.findall(r'modules\["(\w+)"\] =', script)) == {"explore", "playground"}
+    assert set(re.findall(r'modules\["(\w+)"\] =', script)) == {path.stem for path in static.glob("*.mjs")}
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,19 @@ def test_bundle_refuses_what_it_cannot_take(source):
         page_assets.bundle({"odd": source}, "")
 
 
+def test_bundle_puts_a_module_behind_those_that_it_imports():
+    user = 'import { one, two } from "./second.mjs";\nexport const three = one + two;\nexport default { three };\n'
+    script = page_assets.bundle(
+        {"first": user, "second": "const [one, two] = [1, 2];\nexport default { one, two };"}, ""
+    )
+    assert script.index('modules["second"] = { one, two };') < script.index('const { one, two } = modules["second"];')
+    with pytest.raises(ValueError, match=r"^second\.mjs is imported, but there is no such module"):
+        page_assets.bundle({"first": user}, "")
+
+
 def test_scripts_that_a_page_keeps():
     scripts = [
+        ("_static/hidden_rule.js?v=1", "", ""),
         ("_static/widgets.js?v=1", "", ""),
         ("https://a.example/require.min.js", "", ""),
         ("https://b.example/dist/embed-amd.js", "", ""),
@@ -177,11 +188,21 @@ def test_scripts_that_a_page_keeps():
         ("", "", 'const THEBE_JS_URL = "x"'),
         ("_static/doctools.js", "", ""),
     ]
-    assert page_assets.used_scripts(scripts, "<p>") == [False, False, False, False, True, False, True]
+    assert page_assets.used_scripts(scripts, "<p>") == [False, False, False, False, False, True, False, True]
     ours = page_html("explore", {}, "")
-    assert page_assets.used_scripts(scripts, ours) == [True, False, False, False, True, False, True]
+    assert page_assets.used_scripts(scripts, ours) == [False, True, False, False, False, True, False, True]
+    assert page_assets.used_scripts(scripts, page_html("puzzle", {}, "")) == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+        False,
+        True,
+    ]
     live = '<script type="application/vnd.jupyter.widget-view+json">'
-    assert page_assets.used_scripts(scripts, live) == [False, True, True, True, True, False, True]
+    assert page_assets.used_scripts(scripts, live) == [False, False, True, True, True, True, False, True]
 
 
 def test_prune_mathjax(tmp_path):
