@@ -8,6 +8,10 @@ r"""Linear attention that is gradient descent by construction, and what one edit
   one edit that replaces the prompt for every query
 - :class:`InterpolatedAttention`: between linear and softmax attention; :func:`least_squares_edit`,
   :func:`share_served`: the edit that serves many queries best, and the share of the changes that it makes
+- :class:`SoftmaxHeads`: heads of softmax attention that predict a number; :func:`train_softmax_heads`: such heads,
+  trained on noisy regression (:func:`noisy_prompts`); :func:`head_patterns`: what each head has learned
+- :func:`opposed_heads`: two heads of opposite signs, close to :func:`debiased_descent`; :func:`descent_loss`: the loss
+  of one step at its best rate, in closed form
 """
 
 from icl_lib.constructions.gradient_descent import (
@@ -24,19 +28,37 @@ from icl_lib.constructions.query_independence import (
     query_independent_update,
     share_served,
 )
+from icl_lib.constructions.softmax_heads import (
+    HeadPatterns,
+    SoftmaxHeads,
+    debiased_descent,
+    descent_loss,
+    head_patterns,
+    noisy_prompts,
+    opposed_heads,
+    train_softmax_heads,
+)
 from icl_lib.constructions.training import regression_prompts, train_linear_attention
 
 __all__ = [
+    "HeadPatterns",
     "InterpolatedAttention",
     "LinearSelfAttention",
+    "SoftmaxHeads",
     "context_matrix",
+    "debiased_descent",
+    "descent_loss",
     "gradient_descent_attention",
+    "head_patterns",
     "interpolated",
     "least_squares_edit",
     "merged",
+    "noisy_prompts",
+    "opposed_heads",
     "query_independent_update",
     "regression_prompts",
     "repeated",
     "share_served",
     "train_linear_attention",
+    "train_softmax_heads",
 ]

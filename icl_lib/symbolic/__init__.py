@@ -38,6 +38,7 @@ Attention that is gradient descent by construction:
 
 - :func:`gradient_descent_attention`: linear attention that makes a step on the regression in its context
 - :func:`query_independent_update`: the one edit that replaces a prompt of linear attention for every query
+- :func:`debiased_descent`: two heads of softmax attention with opposite signs, to first order
 
 $a_0$ (``a_without``) is the output of the contextual layer without the removed part of the context, $a_C$ (``a_with``)
 its output with it.
@@ -53,6 +54,7 @@ True
 from icl_lib.symbolic.alignment import alignment
 from icl_lib.symbolic.any_block import any_block
 from icl_lib.symbolic.bias_update import bias_update
+from icl_lib.symbolic.debiased_descent import debiased_descent
 from icl_lib.symbolic.derivation import Asked, Derivation, Equation, Given, Identity, Step
 from icl_lib.symbolic.eaten_from_left import eaten_from_left
 from icl_lib.symbolic.expert_updates import expert_updates
@@ -85,6 +87,7 @@ __all__ = [
     "alignment",
     "any_block",
     "bias_update",
+    "debiased_descent",
     "eaten_from_left",
     "expert_updates",
     "gradient_descent_attention",

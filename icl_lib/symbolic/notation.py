@@ -227,7 +227,7 @@ def _split(term: Any) -> tuple[sp.Expr, tuple[Any, ...]]:
         scalar, factors = term.as_coeff_matrices()
         return scalar, tuple(factors)
     if isinstance(term, sp.Mul):
-        return (sp.S.NegativeOne, (-term).args) if _is_negative(term) else (sp.S.One, term.args)
+        return (sp.S.NegativeOne, (-term).args or (-term,)) if _is_negative(term) else (sp.S.One, term.args)
     return sp.S.One, (term,)
 
 
