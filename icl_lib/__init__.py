@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from icl_lib import pretrained
 from icl_lib.blocks.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.blocks.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.blocks.transformer import Transformer, TransformerConfig
@@ -46,6 +47,7 @@ __all__ = [
     "kept_context",
     "least_norm_edit",
     "output_update",
+    "pretrained",
     "probe",
     "register_anatomy",
     "relative_error",

@@ -15,6 +15,7 @@ README = (ROOT / "README.md").read_text()
 LAYERS = [
     "validation",
     "environment",
+    "pretrained",
     "measures",
     "low_rank",
     "theorem",
