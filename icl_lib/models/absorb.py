@@ -101,6 +101,7 @@ def absorb(
     joint: bool = False,
     progress: bool = False,
     attention_mask: Tensor | None = None,
+    keep: int = 0,
 ) -> Patch:
     r"""Compute the weight edits that replace the context of a prompt, for every block and position.
 
@@ -115,7 +116,8 @@ def absorb(
             class is found by probing (:mod:`icl_lib.models.probing`).
         inputs: the whole prompt, the query last: the float stream ``[*batch, n, dim]``, or the token ids
             ``[*batch, n]`` of a language model.
-        context_length: how many tokens, from the first on, the patch replaces: $1 \dots n - 1$.
+        context_length: how many tokens, from the first on, are the context: $1 \dots n - 1$. The patch replaces them,
+            except those that it keeps.
         reference: the input of a patched block in place of the whole stream. ``query``: the stream of the tokens after
             the context; in a float stream, a single query token then reproduces the outputs at *every* position, those
             of the context included. ``self``: each token's own stream, alone.
@@ -128,6 +130,10 @@ def absorb(
         joint: one edit of each map that serves all positions, instead of one edit for each.
         progress: show a progress bar over the blocks.
         attention_mask: for token ids, 0 at the padding before each prompt and 1 elsewhere, ``[*batch, n]``.
+        keep: how many of the first tokens stay in front of the query: the patch replaces the tokens ``keep`` to
+            ``context_length - 1``. Kept tokens read no others in the prompt than alone, so their edits are zero up to
+            rounding. The formulas hold with $f$ and $h_0$ of the query behind the kept tokens. Trained language models
+            need their first token: most heads rest on it.
 
     Raises `ValueError` for a model whose anatomy is not found or a compiled one, for inputs that are not finite or not
     tokens of the model, for a batch with padding but no mask, for an empty context, for a context that leaves no query,
@@ -142,7 +148,7 @@ def absorb(
     >>> patch.blocks[0].weight.shape
     torch.Size([128, 51, 12, 3])
     """
-    prompt = prompt_of(model, inputs, context_length, reference, positions, joint, attention_mask)
+    prompt = prompt_of(model, inputs, context_length, reference, positions, joint, attention_mask, keep)
     anatomy = anatomy_of(model, inputs)
     placed = sites(model, anatomy)
     outer = outer_of(placed, outer, prompt, joint, model)
@@ -175,7 +181,9 @@ def cache(
     The options are those of :func:`~icl_lib.models.activations.with_context`.
     """
     try:
-        blocks, outputs = with_context(model, placed, type(prompt), prompt.whole(inputs), prompt.lead, **options)
+        blocks, outputs = with_context(
+            model, placed, type(prompt), prompt.whole(inputs), prompt.lead, places=prompt.places, **options
+        )
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, IndexError) as error:  # whatever the model's own forward pass raises

@@ -61,20 +61,22 @@ def with_context(
     lead: torch.Size,
     keep: int,
     visit: Callable[[], Any] = lambda: None,
+    places: Tensor | None = None,
     **options: Any,
 ) -> tuple[tuple[BlockActivations, ...], Tensor]:
-    """Run the whole prompt once; return what each block read at the last positions, and the model's outputs there.
+    """Run the whole prompt once; return what each block read at some positions, and the model's last outputs.
 
     Args:
         lead: the leading dimensions of what is kept, ``[*batch, positions]``.
         keep: the number of positions, from the last, whose outputs are computed.
         visit: called after each block.
+        places: the positions, by default the last ones.
         options: arguments of the model.
     """
     found = tuple(BlockActivations() for _ in sites)
     with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
         for site, block in zip(sites, found, strict=True):
-            _Recorder(site, block, lead, tokens_in(call)).install(stack, visit)
+            _Recorder(site, block, lead, tokens_in(call), places).install(stack, visit)
         outputs = kind.run(model, call, keep, **options)
     for (where, _, anatomy), block in zip(sites, found, strict=True):
         missing = [path for path in anatomy.inner if path not in block.reads]
@@ -107,8 +109,10 @@ def _require_finite(
 class _Recorder:
     """Records the activations of one block."""
 
-    def __init__(self, site: Site, found: BlockActivations, lead: torch.Size, tokens: int) -> None:
-        self.site, self.found, self.lead, self.tokens = site, found, lead, tokens
+    def __init__(
+        self, site: Site, found: BlockActivations, lead: torch.Size, tokens: int, places: Tensor | None
+    ) -> None:
+        self.site, self.found, self.lead, self.tokens, self.places = site, found, lead, tokens, places
         self.last: tuple[Tensor, Tensor] | None = None  # a tensor that was recorded, and what was kept of it
 
     def install(self, stack: contextlib.ExitStack, visit: Callable[[], Any]) -> None:
@@ -145,7 +149,7 @@ class _Recorder:
             )
 
     def _kept(self, path: str, tokens: Tensor) -> Tensor:
-        """Return a copy of the last positions; maps that read one tensor share the copy."""
+        """Return a copy of the positions; maps that read one tensor share the copy."""
         if tokens.numel() != self.tokens * tokens.shape[-1]:
             place = f"{self.site.where}.{path}".rstrip(".")
             raise ValueError(
@@ -155,7 +159,8 @@ class _Recorder:
         if self.last is not None and _same_memory(self.last[0], tokens):
             return self.last[1]
         batch, positions = self.lead[:-1], self.lead[-1]
-        kept = tokens.detach().reshape(*batch, -1, tokens.shape[-1])[..., -positions:, :].clone()
+        rows = tokens.detach().reshape(*batch, -1, tokens.shape[-1])
+        kept = rows[..., -positions:, :].clone() if self.places is None else rows[..., self.places, :]
         self.last = tokens, kept
         return kept
 

@@ -72,8 +72,9 @@ class Patch:
         block = self.blocks[0]
         *batch, positions = block.change.shape[:-1]
         return (
-            f"Patch(replaces {counted(self.context_length, 'token')} of {counted(math.prod(batch), 'prompt')} at "
-            f"{counted(positions, 'position')} in {counted(len(self.blocks), 'block')}"
+            f"Patch(replaces {counted(self.context_length - self.keep, 'token')} of "
+            f"{counted(math.prod(batch), 'prompt')}{f', behind {self.keep} kept,' * bool(self.keep)} at "
+            f"{counted(positions - self.keep, 'position')} in {counted(len(self.blocks), 'block')}"
             f"{', with one edit for all positions' if self.is_joint else ''}; {self.anatomy.blocks}[0]: "
             f"{block._listed()}; {block.change.dtype} on {block.change.device})"
         )
@@ -95,8 +96,13 @@ class Patch:
 
     @property
     def context_length(self) -> int:
-        """The number of tokens that the patch replaces."""
+        """The number of tokens of the context."""
         return self.prompt.context_length
+
+    @property
+    def keep(self) -> int:
+        """The number of first tokens that stay in front of the query; the patch replaces the rest of the context."""
+        return self.prompt.keep
 
     def bare(self, inputs: Tensor) -> Call:
         """Return the call of the edited model that replaces ``inputs``.
@@ -105,7 +111,7 @@ class Patch:
         tokens after the context, ``[*batch, m, dim]``; with reference ``self`` each token as a sequence of its own,
         ``[*batch, positions, 1, dim]``. For token ids ``[*batch, n]`` it is ``model(**patch.bare(ids))``: the ids
         without their context, and their positions if the model takes them, ``[batch, m]``; with reference ``self``
-        ``[batch · positions, 1]``.
+        ``[batch · positions, 1]``. Kept tokens stay in front, and the call has a mask of ones.
         """
         return self.prompt.bare(inputs)
 

@@ -26,12 +26,14 @@ class Prompt:
     A subclass checks its inputs (``check``, ``padding_of``), says which position gets the first edit
     (``first_position``), and makes the calls with the context and without it (``whole``, ``bare``, and ``at`` for some
     of the positions alone). Its ``run`` calls the model's own forward pass. ``outer`` names the weights that take the
-    change of the stream by default.
+    change of the stream by default. ``places`` are the positions of the whole prompt that get an edit: those of the
+    kept tokens, whose edits change nothing, and from ``first`` on.
 
     Args:
         model: the model that reads the prompt.
         inputs: the whole prompt.
-        context_length, reference, positions, joint, attention_mask: as for :func:`icl_lib.models.absorb.absorb`.
+        context_length, reference, positions, joint, attention_mask, keep: as for
+            :func:`icl_lib.models.absorb.absorb`.
 
     Raises `ValueError` for inputs that the theorem or the model does not cover.
     """
@@ -45,6 +47,7 @@ class Prompt:
         positions: str | None = None,
         joint: bool = False,
         attention_mask: Tensor | None = None,
+        keep: int = 0,
     ) -> None:
         self.check(model, inputs)
         length = self.lead_of(inputs)[-1]
@@ -55,6 +58,12 @@ class Prompt:
             raise ValueError(f"positions is {positions!r}: choose 'all', 'query', or None for as many as possible.")
         if not isinstance(joint, bool):
             raise ValueError(f"joint is {joint!r}: give True or False.")
+        check_keep(keep, context_length)
+        if keep and (reference != "query" or attention_mask is not None or positions == "all"):
+            raise ValueError(
+                f"keep is {keep}: kept tokens stay in front of the query, so give reference='query', prompts without "
+                "padding (no attention_mask), and not positions='all'."
+            )
         require_still(model)
         if torch.is_autocast_enabled(inputs.device.type):
             raise ValueError(
@@ -62,12 +71,14 @@ class Prompt:
                 "block."
             )
         self.context_length, self.reference, self.length = int(context_length), reference, length
-        self.first = self.first_position(length, positions, joint)
+        self.keep = int(keep)
+        self.first = self.first_position(length, "query" if keep else positions, joint)
         self.padding = self.padding_of(inputs, attention_mask)
         self.attention_mask = attention_mask
         self.takes = accepted(model)
-        self.lead = torch.Size((*self.lead_of(inputs)[:-1], length - self.first))
-        rows = length - self.context_length if reference == "query" else length - self.first
+        self.places = torch.tensor([*range(self.keep), *range(self.first, length)], device=inputs.device)
+        self.lead = torch.Size((*self.lead_of(inputs)[:-1], len(self.places)))
+        rows = self.keep + length - self.context_length if reference == "query" else length - self.first
         self.bare_lead = torch.Size((*self.lead[:-1], rows))
 
 
@@ -87,6 +98,15 @@ def check_lengths(length: int, context_length: Any) -> None:
             if length > 1
             else f"inputs hold {length} token(s): the context and the query need at least one token each; give two or "
             "more."
+        )
+
+
+def check_keep(keep: Any, context_length: int) -> None:
+    """Require that at least one token of the context is not kept, so that there is one to replace."""
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Integral) or not 0 <= keep < context_length:
+        raise ValueError(
+            f"keep is {keep!r} and the context has {context_length} token(s): give the number of its first tokens that "
+            f"stay in front of the query, 0 … {context_length - 1}."
         )
 
 

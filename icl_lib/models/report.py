@@ -28,7 +28,8 @@ class Report:
     Attributes:
         model: the name of the model's class.
         reference: the input of the patched blocks, see :func:`icl_lib.models.absorb.absorb`.
-        context_length: the number of tokens that the edits replace.
+        context_length: the number of tokens of the context, which the edits replace except for those that are kept.
+        keep: the number of first tokens that stay in front of the query, also in the control.
         first: the position of the first entry of the inner lists.
         prompts: the number of prompts; ``error`` is the largest over them and ``control`` the smallest.
         dtype: the precision of the arithmetic.
@@ -47,6 +48,7 @@ class Report:
     model: str
     reference: str
     context_length: int
+    keep: int
     first: int
     prompts: int
     dtype: str
@@ -110,7 +112,8 @@ class Report:
         positions = len(self.error[0])
         return (
             f"{self.model}, {len(self.error)} blocks, {positions} positions, {self.prompts} "
-            f"prompt{'s' if self.prompts > 1 else ''}, {self.dtype} on {self.device}, reference: {self.reference}",
+            f"prompt{'s' if self.prompts > 1 else ''}, {self.dtype} on {self.device}, reference: {self.reference}"
+            + (f", kept in front: the first {f'{self.keep} tokens' if self.keep > 1 else 'token'}" * bool(self.keep)),
             f"The identity {'holds' if self.holds else 'FAILS'} to {written(self.tolerance, 1)}: the largest error is "
             f"{written(self.max_error, 2)}. The whole model on the bare query has an error of "
             f"{written(self.output_error, 2)} with its edits and {written(self.output_control, 2)} without. "

@@ -65,7 +65,9 @@ class Stream(Prompt):
         return inputs
 
     def bare(self, inputs: Tensor) -> Tensor:
-        """Return the tokens after the context, or with reference ``self`` each token as a sequence of its own."""
+        """Return the kept tokens and those after the context, or with reference ``self`` each token alone."""
+        if self.keep:
+            return inputs[..., self.places, :]
         if self.reference == "query":
             return inputs[..., self.context_length :, :]
         return inputs[..., self.first :, :].unsqueeze(-2)

@@ -98,6 +98,8 @@ class Tokens(Prompt):
 
     def bare(self, inputs: Tensor) -> dict[str, Tensor]:
         """Return the call without the context, with every token at its own position."""
+        if self.keep:
+            return self._known(behind_kept(inputs.reshape(-1, inputs.shape[-1])[:, self.places], self.places))
         ids, start = (
             inputs.reshape(-1, inputs.shape[-1]),
             self.context_length if self.reference == "query" else self.first,
@@ -138,6 +140,17 @@ class Tokens(Prompt):
                 "its forward pass return the logits of all tokens."
             )
         return logits if keep is None else logits[:, -keep:]
+
+
+def behind_kept(ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """Return the call with these ids at these positions, which may jump, as one text in each row.
+
+    Without the mask of ones, transformers takes a jump for the beginning of another text in the same row.
+
+    >>> behind_kept(torch.tensor([[5, 8, 9]]), torch.tensor([0, 7, 8]))["attention_mask"]
+    tensor([[1, 1, 1]])
+    """
+    return {"input_ids": ids, "position_ids": positions.expand(ids.shape), "attention_mask": torch.ones_like(ids)}
 
 
 def call_model(model: nn.Module, call: dict[str, Tensor], keep: int | None = None, **options: Any) -> Any:

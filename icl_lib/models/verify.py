@@ -43,6 +43,7 @@ def verify(
     joint: bool = False,
     progress: bool = False,
     attention_mask: Tensor | None = None,
+    keep: int = 0,
 ) -> Report:
     r"""Check the identity in every block and at every position of a model, on a batch of prompts.
 
@@ -54,8 +55,9 @@ def verify(
     block.
 
     Args:
-        model, inputs, context_length, reference, positions, outer, joint, progress, attention_mask: as for
-            :func:`icl_lib.models.absorb.absorb`.
+        model, inputs, context_length, reference, positions, outer, joint, progress, attention_mask, keep: as for
+            :func:`icl_lib.models.absorb.absorb`. The report leaves out the kept tokens, which read no others with the
+            context than without.
         tolerance: the largest relative error for which :attr:`icl_lib.models.report.Report.holds` is true. By default
             1e-12 for float64, 1e-5 for float32, and eight rounding errors in 16 bits: 8e-3 for float16 and 6e-2 for
             bfloat16. It is at least 1e-5 where a part of the model computes in float32 that the edits cannot correct.
@@ -72,7 +74,7 @@ def verify(
     """
     if tolerance is not None and not (type(tolerance) in (int, float) and tolerance > 0):
         raise ValueError(f"tolerance is {tolerance!r}: give a positive number, such as 1e-12.")
-    prompt = prompt_of(model, inputs, context_length, reference, positions, joint, attention_mask)
+    prompt = prompt_of(model, inputs, context_length, reference, positions, joint, attention_mask, keep)
     anatomy = anatomy_of(model, inputs)
     placed = sites(model, anatomy)
     outer = outer_of(placed, outer, prompt, joint, model)
@@ -81,12 +83,13 @@ def verify(
     tolerances: list[float] = []
 
     with bar_over(len(placed), 3, progress) as bar, experts_one_by_one(model):
-        cached, outputs = cache(model, placed, prompt, inputs, keep=prompt.bare_lead[-1], visit=bar.update)
-        outputs = outputs.reshape(*cached.bare_lead, outputs.shape[-1])
+        rows = prompt.bare_lead[-1] - keep
+        cached, outputs = cache(model, placed, prompt, inputs, keep=rows, visit=bar.update)
+        outputs = outputs.reshape(*cached.bare_lead[:-1], rows, outputs.shape[-1])
         control, output_control = _without_edits(model, placed, prompt, cached, outputs, bar.update)
 
         def note(index: int, patched: Tensor, edits: BlockEdits) -> None:
-            wanted = cached.blocks[index].output
+            wanted, patched = cached.blocks[index].output[..., keep:, :], patched[..., keep:, :]
             error.append(_by_prompt(patched, wanted).amax(0).tolist())
             squared.append((patched - wanted).to(wide(patched)).square().mean().item())
             tolerances.append(tolerance_of(patched.dtype, edits))
@@ -97,6 +100,7 @@ def verify(
         model=type(model).__name__,
         reference=reference,
         context_length=context_length,
+        keep=keep,
         first=prompt.first,
         prompts=cached.lead[:-1].numel(),
         dtype=str(outputs.dtype).removeprefix("torch."),
@@ -105,7 +109,7 @@ def verify(
         error=error,
         control=control,
         mean_squared_difference=squared,
-        output_error=relative_error(edited.reshape(outputs.shape), outputs).max().item(),
+        output_error=relative_error(_last(edited, outputs), outputs).max().item(),
         output_control=output_control,
         tolerance=max(tolerances),
     )
@@ -136,17 +140,24 @@ def _without_edits(
     def note(index: int, output: Tensor) -> None:
         wanted = cached.blocks[index].output
         wanted = wanted if cached.lead != cached.bare_lead else wanted[..., some.to(wanted.device), :]
-        control.append(_by_prompt(output.reshape(*batch, len(some), -1), wanted).amin(0).tolist())
+        off = _by_prompt(output.reshape(*batch, len(some), -1), wanted)[:, prompt.keep :]
+        control.append(off.amin(0).tolist())
         visit()
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for index, site in enumerate(placed):
             on_output(stack, site.block, functools.partial(note, index))
         bare = prompt.run(model, call)
+    some = some[prompt.keep :] - prompt.keep
     wanted = outputs[..., some.to(outputs.device), :]
-    off = _by_prompt(bare.reshape(wanted.shape), wanted)
+    off = _by_prompt(_last(bare, wanted), wanted)
     of_context = prompt.context_length - prompt.first if prompt.reference == "self" else 0
     return control, off[:, (some >= of_context).to(off.device)].min().item()
+
+
+def _last(outputs: Tensor, like: Tensor) -> Tensor:
+    """Return as many of the last outputs of each prompt as ``like`` has, in its shape."""
+    return outputs.reshape(*like.shape[:-2], -1, like.shape[-1])[..., -like.shape[-2] :, :]
 
 
 def _by_prompt(actual: Tensor, expected: Tensor) -> Tensor:
