@@ -6,6 +6,7 @@ import doctest
 import re
 
 import bibliography
+import claims
 import docstrings
 import execution
 import markup
@@ -20,7 +21,7 @@ from sphinx.errors import ConfigError
 
 from icl_lib.widgets.page import page_html
 
-MODULES = [bibliography, docstrings, execution, markup, page_assets, previews, repository]
+MODULES = [bibliography, claims, docstrings, execution, markup, page_assets, previews, repository]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
