@@ -102,6 +102,11 @@ def test_every_claim_of_a_chapter_has_one_row_and_every_row_a_chapter():
         assert set(called) <= set(MARKS[page]), f"{page} checks claims that its text does not mark"
 
 
+def test_what_the_page_says_of_a_paper_leads_to_rows():
+    linked = set(re.findall(r"\]\(#claim-([^)]+)\)", PAGES["claims"]))
+    assert linked <= set(ROWS)
+
+
 def test_faults_are_found():
     rows, checks, marks = {"claims": {"a": {}, "b": {}}}, {"one": {"a": {}}, "two": {"b": {}}}, {"one": {"a": ""}}
     marks["two"] = {"b": ""}

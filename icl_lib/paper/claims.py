@@ -24,11 +24,11 @@ class Claim:
     """A claim that was checked: ``value relation bound``, for example 7e-16 ≤ 1e-12, and its negative control."""
 
     name: str
-    value: Value
+    value: bool | int | float | str
     relation: str
-    bound: Value
-    control: Value | None = None
-    control_bound: Value | None = None
+    bound: bool | int | float | str
+    control: bool | int | float | str | None = None
+    control_bound: float | None = None
     without_control: str = ""
 
     @property
@@ -63,7 +63,7 @@ def claim(
     *,
     at_most: float | None = None,
     at_least: float | None = None,
-    equals: Value | None = None,
+    equals: bool | int | float | str | None = None,
     control: Any = None,
     beyond: float | None = None,
     without_control: str = "",
