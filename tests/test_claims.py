@@ -104,6 +104,7 @@ def test_every_claim_of_a_chapter_has_one_row_and_every_row_a_chapter():
 
 def test_what_the_page_says_of_a_paper_leads_to_rows():
     linked = set(re.findall(r"\]\(#claim-([^)]+)\)", PAGES["claims"]))
+    assert linked
     assert linked <= set(ROWS)
 
 
