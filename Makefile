@@ -14,7 +14,7 @@ BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help book check test figures gpt bench lint format picture clean
+.PHONY: help book check test figures stored gpt bench lint format picture clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,11 @@ test: lint book ## build the book, then run all tests, those in a real browser i
 
 figures: $(INSTALLED) ## run the papers' experiments at full scale, an hour or more; options: make figures ARGS=--help
 	$(BIN)/python -m icl_lib.paper.experiments $(ARGS)
+
+stored: $(INSTALLED) ## run the pages about SmolLM2 and store their results, for readers without the model
+	for page in known-model; do \
+		ICL_LIB_STORE_RESULTS=1 $(BIN)/jupytext --to ipynb --run-path book --execute --output - book/$$page.md > /dev/null || exit 1; \
+	done
 
 gpt: $(INSTALLED) ## train the book's small language model, half an hour on one core; options: make gpt ARGS=--help
 	$(BIN)/python -m icl_lib.paper.hidden_rule $(ARGS)

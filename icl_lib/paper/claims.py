@@ -61,11 +61,11 @@ def claim(
     name: str,
     value: Any,
     *,
-    at_most: float | None = None,
-    at_least: float | None = None,
+    at_most: float | int | None = None,
+    at_least: float | int | None = None,
     equals: bool | int | float | str | None = None,
     control: Any = None,
-    beyond: float | None = None,
+    beyond: float | int | None = None,
     without_control: str = "",
 ) -> None:
     """Check a claim of the book where a chapter computes its number, and keep the numbers for the page of claims.

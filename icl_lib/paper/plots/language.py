@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,3 +33,14 @@ def written(sizes: Any, tokens: Sequence[str], title: str, largest: float | None
         f"{title}: heat map of the size of the edits, {len(sizes)} blocks by {len(tokens)} tokens. The largest, "
         f"{sizes.max():.2g}, is in block {block + 1} at token {token + 1}, {tokens[token]!r}.",
     )
+
+
+def stream_sizes(sizes: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw the norm of the residual stream after each block, one curve for each token of a run."""
+    with figure(width=5.6, height=3.4) as (fig, ax):
+        for (name, norms), style in zip(sizes.items(), ("-", "-", "-", "--"), strict=False):
+            ax.plot(range(1, len(norms) + 1), norms, style, label=name)
+        ax.set(yscale="log", xlabel="block", ylabel="norm of the stream")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize="small", ncols=1)
+    largest = "; ".join(f"{name}: at most {max(norms):.3g}" for name, norms in sizes.items())
+    return Figure(fig, f"Norm of the residual stream after each of {len(norms)} blocks. {largest}.")
