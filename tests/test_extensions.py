@@ -10,6 +10,7 @@ import claims
 import docstrings
 import execution
 import markup
+import notebooks
 import page_assets
 import previews
 import pytest
@@ -21,7 +22,7 @@ from sphinx.errors import ConfigError
 
 from icl_lib.widgets.page import page_html
 
-MODULES = [bibliography, claims, docstrings, execution, markup, page_assets, previews, repository]
+MODULES = [bibliography, claims, docstrings, execution, markup, notebooks, page_assets, previews, repository]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -129,6 +130,22 @@ def test_cache_key_follows_contents_names_and_versions(library):
     keys.append(execution.cache_key([library], ["torch==1"]))
     (library / "empty.py").write_text("")
     keys.append(execution.cache_key([library], ["torch==1"]))
+    assert len(set(keys)) == len(keys)
+
+
+def test_cache_key_ignores_comments_and_layout_of_python_alone(library):
+    key = execution.cache_key([library])
+    (library / "a.py").write_text("# why\nx = (\n    1\n)\n")
+    assert execution.cache_key([library]) == key
+    keys = [key]
+    for name, text in (
+        ("a.py", '"""Said."""\nx = 1'),
+        ("a.py", "x = 1.0"),
+        ("a.py", "x = (1 1)  # no syntax"),
+        ("part/b.mjs", "const y = 2;  "),
+    ):
+        (library / name).write_text(text)
+        keys.append(execution.cache_key([library]))
     assert len(set(keys)) == len(keys)
 
 

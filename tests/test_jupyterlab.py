@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
+import notebooks
 import pytest
 from browser import visiting
 from conftest import ROOT
+from nbformat.v4 import new_code_cell
 from playwright.sync_api import Browser, expect
 
 TOKEN = "only-on-loopback"
@@ -39,11 +44,12 @@ explore(draw, power=range(1, 6), dashed=[False, True])""",
 ]
 
 
-def chapter() -> str:
-    """Return a small chapter in the format of the book, MyST Markdown."""
-    head = (ROOT / "book" / "index.md").read_text(encoding="utf-8").split("---\n")[1]
-    cells = "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in CELLS)
-    return f"---\n{head}---\n\n# A chapter\n{cells}"
+def chapter() -> nbformat.NotebookNode:
+    """Return the notebook of the book's first page, with the number 12345 for every glued value, and more cells."""
+    listed = notebooks.pages((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    page = notebooks.Book(ROOT / "book", listed, installed=True).notebook("index", defaultdict(lambda: "12345"))
+    page.cells = [cell for cell in page.cells if cell.cell_type == "markdown"] + list(map(new_code_cell, CELLS))
+    return page
 
 
 @contextlib.contextmanager
@@ -57,8 +63,6 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--IdentityProvider.token={TOKEN}"]
     command += ["--ServerApp.ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder / 'work'}"]
     command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
-    as_notebooks = [Path(sys.executable).with_name("jupytext-config"), "set-default-viewer", "markdown"]  # as on Binder
-    subprocess.run(as_notebooks, env=environment, check=True)
     log = folder / "jupyter.log"
     with log.open("w") as output:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=folder)
@@ -77,12 +81,17 @@ def jupyterlab(folder: Path) -> Iterator[str]:
 def test_a_chapter_in_jupyterlab(browser: Browser, tmp_path: Path):
     """The chapter opens as a notebook, Python receives what the reader moves, and the reader sees what Python draws."""
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "chapter.md").write_text(chapter(), encoding="utf-8")
+    nbformat.write(chapter(), tmp_path / "work" / "chapter.ipynb")
     with jupyterlab(tmp_path) as address, visiting(browser, address) as visit:
         page = visit.page
         page.set_default_timeout(START * 1000)
-        page.goto(f"{address}/lab/tree/chapter.md?token={TOKEN}")
+        page.goto(f"{address}/lab/tree/chapter.ipynb?token={TOKEN}")
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
+        prose = page.locator(".jp-Notebook")
+        expect(prose).to_contain_text("it answers 12345, with a probability of 12345")
+        expect(prose.get_by_role("link", name="Brown et al., 2020")).to_have_attribute("href", re.compile("arxiv.org"))
+        expect(prose.get_by_role("link", name="Cost", exact=True)).to_be_visible()
+        assert not re.search(r"\{[a-z:]+\}|:::", prose.inner_text())
         page.get_by_text("| Idle").wait_for()  # otherwise running the cells would ask which kernel to use
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()

@@ -1,22 +1,31 @@
-"""How the book's notebooks run: with this checkout's library, and from the cache if nothing has changed.
+"""How the book's notebooks run: with this checkout's library, from the cache if nothing has changed, and watched.
 
 - Kernels import ``icl_lib`` from this checkout, installed or not.
 - ``ICL_LIB_BOOK_BUILD=1`` tells the library's widgets to draw in advance what the page will show.
 - Jupyter Book caches the outputs of a chapter until the chapter changes. The outputs also depend on the library, on
-  the data and on the installed packages. Each state of these has its own cache.
+  the data and on the installed packages. Each state of these has its own cache. Comments and layout do not count.
+- Each chapter notes how long it ran and how much memory it took.
+- If a cell fails, its traceback is the last thing that the build prints.
 """
 
 from __future__ import annotations
 
+import ast
+import atexit
 import hashlib
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,19 +48,76 @@ def installed_versions(requirements: str) -> list[str]:
 
 
 def cache_key(folders: Iterable[Path], versions: Iterable[str] = ()) -> str:
-    """A hash of ``versions`` and of the names and contents of all files in ``folders``, except compiled Python."""
+    """A hash of ``versions`` and of the names and contents of all files in ``folders``, except compiled Python.
+
+    Of a Python file only what runs counts. A docstring may be printed, so it counts too.
+    """
     digest = hashlib.sha256("\n".join(versions).encode())
     for folder in folders:
         for file in sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-            name, content = file.relative_to(folder).as_posix(), file.read_bytes()
+            name, content = file.relative_to(folder).as_posix(), what_counts(file)
             digest.update(f"\0{folder.name}/{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]
 
 
-def prepare(app: Any, config: Any) -> None:
-    """Set the environment variables of the kernels, and choose the cache."""
+def what_counts(file: Path) -> bytes:
+    """The contents of a file; of a Python file its syntax, without comments and layout."""
+    content = file.read_bytes()
+    try:
+        return ast.dump(ast.parse(content)).encode() if file.suffix == ".py" else content
+    except SyntaxError:
+        return content
+
+
+def use_this_checkout() -> None:
+    """Let kernels import the library from this checkout."""
     search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(search))
+
+
+def peak_memory(process: int) -> float:
+    """The largest memory that a process has had so far, in MiB; on systems without /proc, what it has now."""
+    status = Path(f"/proc/{process}/status")
+    if not status.exists():
+        return psutil.Process(process).memory_info().rss / 2**20
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
+
+
+def watch_kernels(page: Callable[[], str] = lambda: "the notebook") -> None:
+    """Watch each kernel that a notebook runs on; ``page()`` names the notebook that runs.
+
+    The last code cell keeps the seconds and the memory in its metadata, because the cache keeps those of cells. If a
+    cell fails, its traceback is printed when this process ends.
+    """
+    run_cell, clean_up = NotebookClient.async_execute_cell, NotebookClient._async_cleanup_kernel
+
+    async def run_and_tell(client: NotebookClient, cell: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await run_cell(client, cell, *args, **kwargs)
+        except CellExecutionError as error:
+            atexit.register(print, f"\n{page()}: a cell failed.\n{error.traceback}", file=sys.stderr)
+            raise
+
+    async def note_and_clean_up(client: NotebookClient) -> None:
+        process = getattr(getattr(client.km, "provisioner", None), "pid", None)
+        code = [cell for cell in client.nb.cells if cell.cell_type == "code"]
+        if process and code and psutil.pid_exists(process):
+            seconds = time.time() - psutil.Process(process).create_time()
+            code[-1].metadata["icl_lib"] = {"seconds": round(seconds, 1), "peak_mib": round(peak_memory(process))}
+        await clean_up(client)
+
+    NotebookClient.async_execute_cell, NotebookClient._async_cleanup_kernel = run_and_tell, note_and_clean_up
+
+
+def used(cells: Iterable[Any]) -> dict[str, float] | None:
+    """The ``seconds`` and ``peak_mib`` that :func:`watch_kernels` noted in a notebook, or None."""
+    return next((cell["metadata"]["icl_lib"] for cell in cells if "icl_lib" in cell["metadata"]), None)
+
+
+def prepare(app: Any, config: Any) -> None:
+    """Set the environment variables of the kernels, and choose the cache."""
+    use_this_checkout()
+    watch_kernels(lambda: app.env.doc2path(app.env.docname, base=False))
     os.environ["ICL_LIB_BOOK_BUILD"] = "1"
     if config.nb_execution_mode == "cache":
         requirements = ROOT / "requirements.txt"

@@ -131,6 +131,10 @@ class ImplicitUpdate:
     weight: LowRank
     bias: Tensor | None
 
+    def __repr__(self) -> str:
+        bias = "None" if self.bias is None else f"vector {list(self.bias.shape)}"
+        return f"ImplicitUpdate(weight={self.weight}, bias={bias})"
+
     def __getitem__(self, index: Any) -> ImplicitUpdate:
         """Index the leading dimensions."""
         within = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))

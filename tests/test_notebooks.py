@@ -1,0 +1,105 @@
+"""The notebooks of the pages: they read like the site, run by themselves, and fit into the memory of Binder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+
+import execution
+import nbformat
+import notebooks
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+from tabulate import tabulate
+
+MEMORY = 1024  # MiB; Binder gives one to two GB
+PAGES = notebooks.pages((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+BOOK = notebooks.Book(ROOT / "book", PAGES)
+
+
+def prose(page: nbformat.NotebookNode) -> str:
+    return "\n\n".join(cell.source for cell in page.cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("name", BOOK.notebooks)
+def test_no_markup_of_the_site_is_left(name):
+    page = BOOK.notebook(name, defaultdict(lambda: "12345"))
+    nbformat.validate(page)
+    text = prose(page)
+    assert text.count("# ") >= 1
+    assert not re.search(r"\{[a-z:]+\}`|^:{3}|^\([\w-]+\)=", text, re.MULTILINE)
+    assert text.count("12345") == len(re.findall(r"\{glue:(?:text)?\}", BOOK.texts[name]))
+    for linked in re.findall(r"\]\(([\w-]+)\.ipynb\)", text):
+        assert linked in set(BOOK.notebooks) - {name}
+    assert all(line.count("$$") in (0, 2) for line in text.split("\n") if line.startswith(">"))
+    code = [cell.source for cell in page.cells if cell.cell_type == "code"]
+    assert not any("myst_nb" in source for source in code)
+    assert len(code) == BOOK.texts[name].count("```{code-cell}")
+
+
+def test_what_a_page_says():
+    text = prose(BOOK.notebook("theorem", defaultdict(lambda: "12345")))
+    assert "**At all 12345 measurements the relative difference of the two losses is at most 12345.**" in text
+    assert "[Theorem 1](deriving.ipynb) is Theorem 2.2 of [Dherin et al. (2025)](https://arxiv.org/" in text
+    assert "<summary>Solution to Exercise 3</summary>" in text
+    assert "pip install" in text
+    on_binder = notebooks.Book(ROOT / "book", PAGES, installed=True)
+    assert "pip install" not in prose(on_binder.notebook("cost", defaultdict(str)))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{abc}`x`", r"\{abc\}`x`: no notebook can show this role"),
+        (":::{tip} T\nx\n:::", r"\{tip\} T: no notebook"),
+    ],
+)
+def test_what_no_notebook_can_show_is_named(text, says):
+    with pytest.raises(ValueError, match=says):
+        BOOK.markdown(text, "index", {})
+
+
+def test_a_name_that_is_not_glued_is_an_error():
+    with pytest.raises(KeyError, match="every"):
+        BOOK.notebook("theorem", {})
+
+
+@pytest.mark.slow
+def test_the_numbers_of_statements_are_those_of_the_site(site):
+    for label, (page, title) in BOOK.titles.items():
+        if re.fullmatch(r"[A-Z][a-z]+ \d+", title):
+            html = (site / "book" / f"{page}.html").read_text(encoding="utf-8")
+            box = html[html.index(f'id="{label}"') :]
+            assert re.search(r'class="caption-number">(.*?) </span>', box)[1] == title
+
+
+@pytest.mark.slow
+def test_the_site_offers_notebooks_with_its_numbers(site):
+    for name in BOOK.notebooks:
+        assert f'href="../_sources/book/{name}.ipynb"' in (site / "book" / f"{name}.html").read_text(encoding="utf-8")
+    text = prose(nbformat.read(site / "_sources" / "book" / "theorem.ipynb", as_version=4))
+    assert re.search(r"At all \d+ measurements the relative difference of the two losses is at most \d × 10⁻", text)
+
+
+@pytest.mark.slow
+def test_a_notebook_runs_in_an_empty_folder(site, tmp_path):
+    page = nbformat.read(site / "_sources" / "book" / "index.ipynb", as_version=4)
+    execution.use_this_checkout()
+    NotebookClient(page, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = [output.get("text", "") for cell in page.cells for output in cell.get("outputs", [])]
+    assert any("bare question, edited block:   off by" in text for text in printed)
+
+
+@pytest.mark.slow
+def test_every_chapter_fits_into_the_memory_of_binder(site):
+    """Print what the build measured: the seconds depend on what else ran, so only the memory has a bound."""
+    rows = []
+    for path in sorted((site.parent / "jupyter_execute" / "book").glob("*.ipynb")):
+        took = execution.used(json.loads(path.read_text(encoding="utf-8"))["cells"])
+        if took and path.stem in PAGES:
+            rows.append((path.stem, took["seconds"], took["peak_mib"]))
+    print("\n" + tabulate(rows, headers=["chapter", "seconds", "peak memory, MiB"]))
+    assert {name for name in PAGES if "{code-cell}" in BOOK.texts[name]} == {name for name, *_ in rows}
+    assert all(0 < peak < MEMORY for *_, peak in rows)
