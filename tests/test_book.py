@@ -52,6 +52,9 @@ def test_a_cell_that_fails_fails_the_build(tmp_path, cell, complaint):
     assert (status == 0) == (complaint is None), output[-3000:]
     if complaint is not None:
         assert complaint in output
+    if complaint == "ZeroDivisionError":  # the last that is printed
+        assert output.rstrip().endswith("ZeroDivisionError: division by zero")
+        assert "book/page.md: a cell failed." in output[-2000:]
 
 
 def test_a_broken_formula_fails_the_build(tmp_path, site):

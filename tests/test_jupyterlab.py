@@ -68,7 +68,7 @@ def jupyterlab(folder: Path) -> Iterator[str]:
         server = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=folder)
         try:
             until = time.monotonic() + START
-            while not (started := list((home / "runtime").glob("jpserver-*.json"))):
+            while not (started := [path for path in (home / "runtime").glob("jpserver-*.json") if path.stat().st_size]):
                 if server.poll() is not None or time.monotonic() > until:
                     pytest.fail(f"JupyterLab does not start:\n{log.read_text()[-3000:]}")
                 time.sleep(0.2)

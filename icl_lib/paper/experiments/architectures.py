@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icl_lib.environment import extra
 from icl_lib.measures import relative_error
 from icl_lib.models.absorb import absorb
 from icl_lib.validation import require_size
@@ -343,7 +344,8 @@ def small_language_model(
     >>> type(model).__name__, len(model.model.layers)
     ('LlamaForCausalLM', 2)
     """
-    import transformers
+    with extra("llm"):
+        import transformers
 
     if name not in _ALL:
         raise ValueError(f"name is {name!r}: choose one of {', '.join(_ALL)}.")
@@ -395,7 +397,8 @@ def survey(names: Iterable[str] | None = None, dtype: torch.dtype = torch.float6
     ('gemma2', True, True, True, '')
     """
     if names is None:
-        import transformers
+        with extra("llm"):
+            import transformers
 
         names = [name for name, (config_class, _) in _ALL.items() if hasattr(transformers, config_class)]
     return [_row(name, dtype) for name in names]
