@@ -32,6 +32,7 @@ from icl_lib.paper.hidden_rule import (
     measure_edited,
     measure_fine_tuned,
     measure_rules,
+    measure_steered,
     nearest_answers,
     of_blocks,
     read_by_example,
@@ -39,6 +40,7 @@ from icl_lib.paper.hidden_rule import (
     sample_of_rules,
     sample_prompts,
 )
+from icl_lib.paper.hidden_rule.evaluation import _draw
 from icl_lib.paper.regression import sample_prompts as regression_prompts
 
 GRID = [(a, b) for a in range(1, 10) for b in range(1, 10)]
@@ -149,13 +151,14 @@ def test_fine_tuning_and_its_gradient(model):
     single = load_hidden_rule()
     prompts = sample_prompts(1, 4, seed=5)
     before = [weight.clone() for weight in single.parameters()]
-    tuned = fine_tuned(single, prompts, steps=20, learning_rate=1e-3)
-    assert all(torch.equal(*pair) for pair in zip(before, single.parameters(), strict=True))
     shown = Prompts(prompts.rule.expand(4), prompts.pair[0, :-1, None])
+    tuned = fine_tuned(single, shown.tokens, shown.answer, steps=20, learning_rate=1e-3)
+    assert all(torch.equal(*pair) for pair in zip(before, single.parameters(), strict=True))
     assert torch.equal(replies(tuned, shown.tokens), shown.answer)
     assert not torch.equal(replies(single, shown.tokens), shown.answer)
     assert torch.equal(tuned.model.layers[0].self_attn.q_proj.weight, single.model.layers[0].self_attn.q_proj.weight)
-    assert 0 <= measure_fine_tuned(single, 5, 1e-3, [Rule("a+b")]) < 1
+    shares = [measure_fine_tuned(single, 20, 1e-3, [Rule("a+b")], distilled) for distilled in (False, True)]
+    assert shares[0] < 0.7 < shares[1]  # 46 questions tell more than four examples
 
     right, control = gradient_cosines(model, prompts, prompts.answer + 1)
     assert right.shape == control.shape == (1, 4)
@@ -168,6 +171,31 @@ def test_fine_tuning_and_its_gradient(model):
     inner = -sum((one * edit[name]).sum() for name, one in zip(edit, gradients, strict=True))
     sizes = [sum(one.square().sum() for one in part).sqrt() for part in (gradients, edit.values())]
     torch.testing.assert_close(right[0, 2], inner / sizes[0] / sizes[1], rtol=1e-9, atol=1e-12)
+
+
+def test_steering(model):
+    """One rule and one question: the vector of that question restores its answer after the last block."""
+    rules = [Rule("2(a+b)")]
+    last, first = (measure_steered(model, block, rules=rules) for block in (3, 0))
+    assert 0 <= first < 0.3
+    prompts, asked = _draw(rules[0], torch.Generator().manual_seed(0))
+    ids = prompts.tokens[:46]
+
+    def stream(tokens):  # the input of the last norm, without hooks
+        return model.model(tokens, output_hidden_states=True).hidden_states
+
+    def after(block, tokens):
+        return stream(tokens)[block + 1][:, -4:]
+
+    vector = (after(2, ids) - after(2, ids[:, -4:])).mean(0)
+    moved = after(2, asked.tokens[:, -4:]) + vector
+    at = torch.arange(4).expand(len(moved), -1)
+    turned = model.model.rotary_emb(moved, at)
+    mask = torch.full((4, 4), float("-inf"), dtype=torch.float64).triu(1).expand(len(moved), 1, 4, 4)
+    out = model.model.layers[3](moved, attention_mask=mask, position_ids=at, position_embeddings=turned)
+    said = model.lm_head(model.model.norm(out))[:, -1].argmax(-1)
+    assert measure_steered(model, 2, rules=rules) == (said == asked.answer).double().mean()
+    assert last != first
 
 
 def test_parts_and_heads():

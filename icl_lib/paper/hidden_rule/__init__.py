@@ -20,4 +20,4 @@ from icl_lib.paper.hidden_rule.task import (
     sample_prompts,
 )
 from icl_lib.paper.hidden_rule.training import HiddenRuleSettings, HiddenRuleTrainer, build, losses, train_hidden_rule
-from icl_lib.paper.hidden_rule.tuning import fine_tuned, gradient_cosines, measure_fine_tuned
+from icl_lib.paper.hidden_rule.tuning import fine_tuned, gradient_cosines, measure_fine_tuned, measure_steered

@@ -63,6 +63,7 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], title: str
 
 def agreement(points: Mapping[str, tuple[Any, Any]], controls: Collection[str], title: str) -> Figure:
     """Draw the measured against the predicted fall of a loss, ``(predicted, measured)`` by the name of the network."""
+    points = {name: (np.asarray(predicted), np.asarray(measured)) for name, (predicted, measured) in points.items()}
     with figure(width=4.4, height=3.7) as (fig, ax):
         for number, (name, (predicted, measured)) in enumerate(points.items()):
             colour = COLOURS["grey"] if name in controls else colour_of(number)
