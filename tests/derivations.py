@@ -45,7 +45,7 @@ def random_values(parts, given):
 def impose(left, right, values):
     """Change the first matrix of a product, so that an assumption of the form X a = b or PᵀP = I holds."""
     if isinstance(right, sp.Identity):
-        P = left.args[1]
+        [P] = left.atoms(sp.MatrixSymbol)
         values[P] = np.eye(len(values[P]))[::-1]
     elif isinstance(left, sp.MatMul):
         matrix, column = left.args

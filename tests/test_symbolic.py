@@ -39,7 +39,10 @@ derivations = pytest.mark.parametrize(
 
 
 # These divide by entries of a vector, by a matrix, or by the length of a multiple of the vector in the condition.
-OTHER_CONDITIONS = {"joint_weight_update", "scale_update", "turning_update", "alignment"}
+OTHER_CONDITIONS = {"joint_weight_update", "one_layer_optimum", "scale_update", "turning_update", "alignment"}
+
+# The transpose of these results is the same matrix.
+SYMMETRIC = {"one_layer_optimum"}
 
 
 def denominators(result):
@@ -96,7 +99,7 @@ class TestEveryDerivation:
         derivation = derive()
         wrong = [2 * derivation.result, 0 * derivation.result]
         if getattr(derivation.result, "is_Matrix", False):
-            wrong.append(derivation.result.T)
+            wrong += [derivation.result.T] * (derivation.name not in SYMMETRIC)
             added = sp.MatrixSymbol("E", *derivation.result.shape)
             is_explicit = isinstance(derivation.result, sp.MatrixBase)
             wrong.append(derivation.result + (sp.ones(*added.shape) if is_explicit else added))
@@ -380,6 +383,27 @@ class TestResults:
         now = symbolic.normalised_lms_heads(3).lambdify()(W, before, a_0, a_before, v, alpha)
         read = (a_before + alpha[:, None] * (v - a_before)).sum(0)
         close(now, W + of(W, a_0, read))
+
+    def test_one_layer_optimum(self):
+        """The loss by Gauss–Hermite quadrature, and its minimum by Newton's method: no moment is typed."""
+        rng, N = np.random.default_rng(0), 2
+        half = rng.normal(size=(2, 2))
+        nodes, weights = np.polynomial.hermite_e.hermegauss(3)  # exact for powers up to 5 of each coordinate
+        grid = np.array(np.meshgrid(*[nodes] * 4)).reshape(4, -1).T.reshape(-1, N, 2) @ half.T
+        mass = np.prod(np.meshgrid(*[weights / weights.sum()] * 4), axis=0).reshape(-1)
+        sample = np.einsum("bni,bnj->bij", grid, grid) / N
+
+        def loss(A):
+            missed = (np.eye(2) - sample @ A) @ half
+            return mass @ np.square(missed).sum((1, 2))
+
+        basis = np.eye(4).reshape(4, 2, 2)
+        zero = loss(np.zeros((2, 2)))
+        slope = np.array([loss(e) - loss(-e) for e in basis]) / 2
+        curvature = np.array([[loss(e + f) - loss(e) - loss(f) + zero for f in basis] for e in basis])
+        least = np.linalg.solve(curvature, -slope).reshape(2, 2)
+        derived = symbolic.one_layer_optimum().lambdify()(half @ half.T, np.array(float(N)))
+        np.testing.assert_allclose(derived, least, rtol=1e-11)
 
     def test_eaten_from_left(self):
         W, r = columns((5, 4), (4, 4))

@@ -12,6 +12,7 @@ Proposition 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from icl_lib.blocks.contextual import require_layer_prompt
 from icl_lib.blocks.running_average import RunningAverage
-from icl_lib.validation import require_finite, require_float, require_instance, require_size
+from icl_lib.validation import require_finite, require_float, require_instance, require_same_kind, require_size
 
 
 class LinearSelfAttention(nn.Module):
@@ -86,7 +87,12 @@ class LinearSelfAttention(nn.Module):
 
 
 def gradient_descent_attention(
-    initial: Float[Tensor, "out in_"], step_size: float, examples: int, curvature: float = 0.0, mean: bool = False
+    initial: Float[Tensor, "out in_"],
+    step_size: float,
+    examples: int,
+    curvature: float = 0.0,
+    mean: bool = False,
+    preconditioner: Float[Tensor, "in_ in_"] | None = None,
 ) -> LinearSelfAttention:
     r"""The layer that makes one step of gradient descent on the regression in its context.
 
@@ -109,6 +115,9 @@ def gradient_descent_attention(
         curvature: $\gamma$. The layer also replaces the inputs by $(I - \gamma X X^\top)\, x_j$, the paper's GD++.
         mean: whether the layer divides by $N + 1$ itself. Then $P = \eta (N + 1)/N\; I$, and for a context of $N$
             tokens the result is the same.
+        preconditioner: $A$, in the place of the $I$ in $W_Q$. The step is then $W_1 = W_0 - \eta \nabla L(W_0)\, A$.
+            Layers with different matrices, applied :func:`in_turn`, make such steps one after the other. Source: Ahn
+            et al. (arXiv 2306.00297), Lemma 1.
 
     Raises `ValueError` for values that are not finite, a step size that is not positive, or a size that is none.
 
@@ -126,6 +135,12 @@ def gradient_descent_attention(
         raise ValueError(f"step_size is {step_size!r}: give a positive number.")
     require_size("examples", examples)
     out, width = initial.shape
+    if preconditioner is not None:
+        require_float("preconditioner", preconditioner, 2, "[in, in]")
+        require_same_kind("initial", initial, preconditioner=preconditioner)
+        if preconditioner.shape != (width, width):
+            raise ValueError(f"preconditioner has shape {tuple(preconditioner.shape)}: give [in, in] = {width, width}.")
+        require_finite("preconditioner", preconditioner, "give finite numbers.")
     layer = LinearSelfAttention(width + out, mean).to(initial)
     inputs, targets = slice(None, width), slice(width, None)
     eye = torch.eye(width + out).to(initial)
@@ -133,6 +148,8 @@ def gradient_descent_attention(
         for weight in (layer.key.weight, layer.query.weight, layer.value.weight):
             weight.zero_()
         layer.key.weight[inputs, inputs] = layer.query.weight[inputs, inputs] = eye[inputs, inputs]
+        if preconditioner is not None:
+            layer.query.weight[inputs, inputs] = preconditioner
         layer.value.weight[targets, inputs] = initial
         layer.value.weight[targets, targets].fill_diagonal_(-1)
         if curvature:  # P multiplies by η/N, and GD++ takes −γ X Xᵀ x
@@ -160,9 +177,24 @@ def repeated(
     require_instance("layer", layer, LinearSelfAttention, "give what gradient_descent_attention returns.")
     require_size("steps", steps, least=0)
     require_layer_prompt(layer, context, query)
-    tokens = torch.cat([context, query.unsqueeze(-2)], dim=-2)
-    after = [tokens]
-    for _ in range(steps):
+    return in_turn([layer] * steps, context, query)
+
+
+def in_turn(
+    layers: Sequence[LinearSelfAttention], context: Float[Tensor, "*batch n dim"], query: Float[Tensor, "*batch dim"]
+) -> Float[Tensor, "*batch depth n+1 dim"]:
+    r"""All tokens after $0, 1, \dots, L$ of the layers, the query last. Each layer is applied to every token.
+
+    Shapes: ``context`` ``[*batch, n, dim]``, ``query`` ``[*batch, dim]``; the result is
+    ``[*batch, L + 1, n + 1, dim]``. Raises `ValueError` for a layer of another kind, or a prompt that does not fit.
+
+    >>> layers = [gradient_descent_attention(torch.zeros(1, 1), rate, examples=1) for rate in (1.0, 4.0)]
+    >>> in_turn(layers, torch.tensor([[0.5, 1.0]]), torch.tensor([1.0, 0.0]))[:, 1, 1].tolist()  # −W, towards W = 2
+    [0.0, -0.5, -2.0]
+    """
+    after = [torch.cat([context, query.unsqueeze(-2)], dim=-2)]
+    for at, layer in enumerate(layers):
+        require_instance(f"layers[{at}]", layer, LinearSelfAttention, "give what gradient_descent_attention returns.")
         after.append(layer.update(after[-1][..., :-1, :], after[-1]))
     return torch.stack(after, dim=-3)
 

@@ -37,6 +37,7 @@ Token by token:
 Attention that is gradient descent by construction:
 
 - :func:`gradient_descent_attention`: linear attention that makes a step on the regression in its context
+- :func:`one_layer_optimum`: the layer with the least expected error
 - :func:`query_independent_update`: the one edit that replaces a prompt of linear attention for every query
 - :func:`debiased_descent`: two heads of softmax attention with opposite signs, to first order
 
@@ -64,6 +65,7 @@ from icl_lib.symbolic.joint_weight_update import joint_weight_update
 from icl_lib.symbolic.linear_losses import linear_losses
 from icl_lib.symbolic.normalised_lms import normalised_lms
 from icl_lib.symbolic.normalised_lms_heads import normalised_lms_heads
+from icl_lib.symbolic.one_layer_optimum import one_layer_optimum
 from icl_lib.symbolic.output_update import output_update
 from icl_lib.symbolic.position_bias_update import position_bias_update
 from icl_lib.symbolic.position_weight_update import position_weight_update
@@ -96,6 +98,7 @@ __all__ = [
     "linear_losses",
     "normalised_lms",
     "normalised_lms_heads",
+    "one_layer_optimum",
     "output_update",
     "position_bias_update",
     "position_weight_update",

@@ -189,8 +189,11 @@ def _products(parts: Sequence[Any], rules: _Rules) -> Iterator[tuple[sp.Expr, Wo
 
 
 def _inverse(base: MatrixExpr, rules: _Rules) -> Iterator[tuple[sp.Expr, Word]]:
+    words = _collected(_terms(base, rules))
     if base.shape == (1, 1):
         yield 1 / _number(sp.Trace(base), rules), ()
+    elif set(words) == {()}:  # a number times the identity
+        yield 1 / words[()], ()
     else:
         yield sp.S.One, (sp.Inverse(base),)
 
@@ -198,9 +201,11 @@ def _inverse(base: MatrixExpr, rules: _Rules) -> Iterator[tuple[sp.Expr, Word]]:
 def _transposed(factor: MatrixExpr) -> MatrixExpr:
     if isinstance(factor, sp.Transpose):
         return factor.arg
-    symmetric = isinstance(factor, sp.DiagMatrix) or (
-        isinstance(factor, sp.Inverse) and _transposed_word(_factors(factor.arg)) == _factors(factor.arg)
-    )
+    if isinstance(factor, sp.Inverse):
+        words = set(_collected(_terms(factor.arg, ())))
+        symmetric = all(_transposed_word(word) == word for word in words)
+    else:
+        symmetric = isinstance(factor, sp.DiagMatrix)
     return factor if symmetric else sp.Transpose(factor)
 
 
@@ -246,11 +251,27 @@ def _rewritten(word: Word, rules: _Rules) -> list[tuple[sp.Expr, Word]] | None:
             if word[at : at + len(left)] == left:
                 return [(number, word[:at] + middle + word[at + len(left) :]) for number, middle in right]
         if isinstance(word[at], sp.Inverse):
-            base = _factors(word[at].arg)
-            if word[at + 1 : at + 1 + len(base)] == base:
-                return [(sp.S.One, word[:at] + word[at + 1 + len(base) :])]
-            if at >= len(base) and word[at - len(base) : at] == base:
-                return [(sp.S.One, word[: at - len(base)] + word[at + 1 :])]
+            cancelled = _cancelled(word, at, _collected(_terms(word[at].arg, rules)))
+            if cancelled is not None:
+                return cancelled
+    return None
+
+
+def _cancelled(word: Word, at: int, inverted: Mapping[Word, sp.Expr]) -> list[tuple[sp.Expr, Word]] | None:
+    r"""Cancel the inverse of $kB + R$ against the product $B$ beside it: $(kB + R)^{-1} B = (I - (kB + R)^{-1} R) / k$.
+
+    Of the words of a sum, $B$ is the longest one, so that the same product is always the one that goes.
+    """
+    base = max(inverted, key=lambda one: (len(one), str(one)))
+    rest = {other: number for other, number in inverted.items() if other != base}
+    for start, stop in ((at, at + 1 + len(base)), (at - len(base), at + 1)):
+        if start >= 0 and word[start:stop] in ((word[at], *base), (*base, word[at])):
+            first = word[start] == word[at]
+            left = [(-number, (word[at], *other) if first else (*other, word[at])) for other, number in rest.items()]
+            return [
+                (number / inverted[base], word[:start] + middle + word[stop:])
+                for number, middle in [(sp.S.One, ()), *left]
+            ]
     return None
 
 

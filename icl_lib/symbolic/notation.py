@@ -213,7 +213,7 @@ class _Printer(LatexPrinter):
     def _atom(self, expr: Any) -> str:
         printed = self._print(expr)
         simple = isinstance(expr, sp.DiagMatrix) or (isinstance(expr, sp.MatrixSymbol) and "^" not in expr.name)
-        return printed if simple else rf"({printed})"
+        return printed if simple else _bracketed(printed)
 
 
 def _bracketed(formula: str) -> str:

@@ -23,3 +23,11 @@ from icl_lib.paper.plots.token_by_token import (
     step_cosines,
     token_losses,
 )
+from icl_lib.paper.plots.trained_attention import (
+    distances,
+    drop,
+    matrices,
+    rates_found,
+    shrinkage,
+    staircase,
+)
