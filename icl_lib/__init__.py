@@ -6,12 +6,14 @@ from icl_lib import pretrained
 from icl_lib.blocks.block import ContextualBlock, ImplicitUpdate, implicit_update, kept_context
 from icl_lib.blocks.contextual import GRU, LinearAttention, MeanPooling, SoftmaxAttention
 from icl_lib.blocks.transformer import Transformer, TransformerConfig
+from icl_lib.least_squares import least_squares_edit, share_served, static_update, transfer_error
 from icl_lib.low_rank import LowRank
 from icl_lib.measures import relative_error
 from icl_lib.models.absorb import absorb
 from icl_lib.models.anatomy import Anatomy, register_anatomy
 from icl_lib.models.architectures import architectures
 from icl_lib.models.block_patch import BlockPatch
+from icl_lib.models.compiler import CompiledPatch, compile_prompt
 from icl_lib.models.generation import Agreement, greedy_agreement
 from icl_lib.models.patch import Patch
 from icl_lib.models.probing import probe
@@ -27,6 +29,7 @@ __all__ = [
     "Agreement",
     "Anatomy",
     "BlockPatch",
+    "CompiledPatch",
     "ContextualBlock",
     "ImplicitUpdate",
     "LinearAttention",
@@ -41,18 +44,23 @@ __all__ = [
     "alignment",
     "architectures",
     "bias_update",
+    "compile_prompt",
     "greedy_agreement",
     "implicit_update",
     "joint_weight_update",
     "kept_context",
     "least_norm_edit",
+    "least_squares_edit",
     "output_update",
     "pretrained",
     "probe",
     "register_anatomy",
     "relative_error",
     "scale_update",
+    "share_served",
+    "static_update",
     "tokens_of",
+    "transfer_error",
     "turning_update",
     "verify",
     "weight_update",

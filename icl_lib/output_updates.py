@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icl_lib.low_rank import LowRank
-from icl_lib.theorem import directions, require_representable
+from icl_lib.theorem import NoSingleEditError, directions, require_representable
 from icl_lib.validation import (
     require_broadcastable,
     require_finite,
@@ -160,7 +160,7 @@ def _shared_scale(wanted: Tensor, length: Tensor, scale: Tensor) -> Tensor:
         dual = dual + step / max(1.0, float((step @ shares).abs().max()))
     # The bound is loose because the norms that need a shared scale compute in float32.
     if not bool(missing.abs().max() < 1e-9):
-        raise ValueError(
+        raise NoSingleEditError(
             f"no scale of the norm was found that serves all {len(shares)} vectors at once: give each position its own "
             "edits, or use a shorter query."
         )

@@ -56,18 +56,19 @@ def weight_update(
     >>> (W + update.dense()) @ torch.tensor([1.0, 0.0])  # = W @ [1, 1]
     tensor([2., 3.])
     """
-    _require_weight(weight, a_without, a_with)
+    require_weight(weight, a_without, a_with)
     scale, length, unit = directions(a_without)
     left = ((a_with - a_without) / scale / length) @ weight.mT
     require_representable(left, "W(a_C − a₀)/‖a₀‖", "a₀")
     return LowRank(left.unsqueeze(-1), unit.unsqueeze(-1))
 
 
-def _require_weight(weight: Tensor, a_without: Tensor, a_with: Tensor) -> None:
+def require_weight(weight: Tensor, a_without: Tensor, a_with: Tensor) -> None:
+    """Require a finite matrix, and activations that it reads; those without the context must not be zero."""
     require_float("weight", weight, 2, "[out, in]")
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: give one matrix [out, in].")
-    _require_activations(a_without, a_with)
+    require_activations(a_without, a_with)
     require_same_kind("weight", weight, a_without=a_without)
     if weight.shape[1] != a_without.shape[-1]:
         raise ValueError(
@@ -83,7 +84,8 @@ def _require_weight(weight: Tensor, a_without: Tensor, a_with: Tensor) -> None:
     )
 
 
-def _require_activations(a_without: Tensor, a_with: Tensor) -> None:
+def require_activations(a_without: Tensor, a_with: Tensor) -> None:
+    """Require finite activations of one width, dtype and device."""
     for name, activation in (("a_without", a_without), ("a_with", a_with)):
         require_float(name, activation, 1, "[*batch, in]")
         require_finite(name, activation, "look for overflow or NaN weights in the contextual layer.")
@@ -137,8 +139,12 @@ def bias_update(
     >>> bias_update(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0]))
     tensor([0., 1.])
     """
-    _require_activations(a_without, a_with)
+    require_activations(a_without, a_with)
     return a_with - a_without
+
+
+class NoSingleEditError(ValueError):
+    """No single edit serves all vectors: what a map reads is linearly dependent, or a norm has no common scale."""
 
 
 def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor, "*batch m out"]) -> LowRank:
@@ -149,8 +155,9 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
     The reads $r_k$ and the changes $\Delta h_k$ are the columns of $R$ and $\Delta H$, and $R^+$ is the Moore–Penrose
     inverse. The edit is exact if the $r_k$ are linearly independent. Its rank is at most $m$.
 
-    Shapes: ``reads`` is ``[*batch, m, in]``, ``changes`` is ``[*batch, m, out]``. Raises `ValueError` for reads that
-    are linearly dependent to the precision of their dtype (of float32 for half precision).
+    Shapes: ``reads`` is ``[*batch, m, in]``, ``changes`` is ``[*batch, m, out]``. Raises :class:`NoSingleEditError`,
+    a `ValueError`, for reads that are linearly dependent to the precision of their dtype (of float32 for half
+    precision).
 
     >>> edit = least_norm_edit(torch.eye(3)[:2], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     >>> edit.dense()
@@ -167,7 +174,7 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
         )
     many, width = reads.shape[-2:]
     if many > width:
-        raise ValueError(
+        raise NoSingleEditError(
             f"reads: {many} vectors of width {width} are not linearly independent, so no single edit serves them all. "
             "Give each its own edit."
         )
@@ -175,6 +182,7 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
         "reads",
         (reads == 0).all(-1),
         "is zero, so the reads are not linearly independent: no edit changes the output for a zero input. Remove it.",
+        NoSingleEditError,
     )
     # Independence is a matter of the directions. Their QR factors are small, so float64 costs little.
     scale, length, unit = (part.double() for part in directions(reads))
@@ -185,6 +193,7 @@ def least_norm_edit(reads: Float[Tensor, "*batch m in_"], changes: Float[Tensor,
         ~(values[..., -1] > many * torch.finfo(wide(reads)).eps * values[..., 0]),
         f"are not linearly independent ({many} vectors; the smallest singular value of their directions is nearly "
         "zero), so no single edit serves them all. Give each its own edit.",
+        NoSingleEditError,
     )
     left = torch.linalg.solve_triangular(triangle, (changes / scale / length).mT, upper=True, left=False)
     left = left.to(reads.dtype)
@@ -210,7 +219,7 @@ def joint_weight_update(
     >>> torch.allclose(Z_0 @ edited.mT, Z_C @ V.mT, rtol=1e-12)
     True
     """
-    _require_weight(weight, a_without, a_with)
+    require_weight(weight, a_without, a_with)
     require_float("a_without", a_without, 2, "[*batch, m, in]")
     return least_norm_edit(a_without, (a_with - a_without) @ weight.mT)
 

@@ -26,7 +26,7 @@ def place(mask: Tensor) -> str:
     return str(mask.nonzero()[0].tolist()) if mask.ndim else ""
 
 
-def require_nowhere(name: str, bad: Tensor, problem: str) -> None:
+def require_nowhere(name: str, bad: Tensor, problem: str, error: type[ValueError] = ValueError) -> None:
     """Require that no entry of the mask ``bad`` is true; the error names the first such place and the problem.
 
     >>> require_nowhere("weight", torch.tensor([False, True]), "is zero: give another weight.")
@@ -34,7 +34,7 @@ def require_nowhere(name: str, bad: Tensor, problem: str) -> None:
     ValueError: weight[1] is zero: give another weight.
     """
     if bool(bad.any()):
-        raise ValueError(f"{name}{place(bad)} {problem}")
+        raise error(f"{name}{place(bad)} {problem}")
 
 
 def require_instance(name: str, value: Any, kind: type, remedy: str) -> None:

@@ -8,19 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from icl_lib import ContextualBlock, LinearAttention, LowRank, implicit_update, least_norm_edit, symbolic
+from icl_lib import (
+    ContextualBlock,
+    LinearAttention,
+    LowRank,
+    implicit_update,
+    least_norm_edit,
+    least_squares_edit,
+    share_served,
+    symbolic,
+)
 from icl_lib.constructions import (
     InterpolatedAttention,
     LinearSelfAttention,
     context_matrix,
     gradient_descent_attention,
     interpolated,
-    least_squares_edit,
     merged,
     query_independent_update,
     regression_prompts,
     repeated,
-    share_served,
     train_linear_attention,
 )
 from icl_lib.dynamics import normalised_lms, trajectory

@@ -19,6 +19,7 @@ LAYERS = [
     "measures",
     "low_rank",
     "theorem",
+    "least_squares",
     "output_updates",
     "blocks",
     "models",

@@ -210,7 +210,6 @@ EXTRA = {
 # The extra of the packages that these modules import in the bodies of functions.
 EXTRA_INSIDE = {
     "icl_lib.cli": "llm",
-    "icl_lib.models.generation": "llm",
     "icl_lib.paper.experiments.architectures": "llm",
     "icl_lib.paper.figures": "figures",
     "icl_lib.paper.hidden_rule": "llm",

@@ -10,8 +10,7 @@ r"""Linear attention that is gradient descent by construction, and what one edit
   :func:`plateau_losses` say
 - :func:`context_matrix`, :func:`query_independent_update`: the matrix that a prompt is for linear attention, and the
   one edit that replaces the prompt for every query
-- :class:`InterpolatedAttention`: between linear and softmax attention; :func:`least_squares_edit`,
-  :func:`share_served`: the edit that serves many queries best, and the share of the changes that it makes
+- :class:`InterpolatedAttention`: between linear and softmax attention
 - :class:`SoftmaxHeads`: heads of softmax attention that predict a number; :func:`train_softmax_heads`: such heads,
   trained on noisy regression (:func:`noisy_prompts`); :func:`head_patterns`: what each head has learned
 - :func:`opposed_heads`: two heads of opposite signs, close to :func:`debiased_descent`; :func:`descent_loss`: the loss
@@ -46,9 +45,7 @@ from icl_lib.constructions.preconditioning import (
 from icl_lib.constructions.query_independence import (
     InterpolatedAttention,
     context_matrix,
-    least_squares_edit,
     query_independent_update,
-    share_served,
 )
 from icl_lib.constructions.softmax_heads import (
     HeadPatterns,
@@ -87,7 +84,6 @@ __all__ = [
     "in_turn",
     "initial_strength",
     "interpolated",
-    "least_squares_edit",
     "loss_on",
     "merged",
     "merged_time_course",
@@ -100,7 +96,6 @@ __all__ = [
     "rates_loss",
     "regression_prompts",
     "repeated",
-    "share_served",
     "train_linear_attention",
     "train_preconditioners",
     "train_softmax_heads",

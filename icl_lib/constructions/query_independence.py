@@ -20,7 +20,7 @@ from icl_lib.blocks.block import ContextualBlock, require_block
 from icl_lib.blocks.contextual import require_layer_prompt
 from icl_lib.constructions.gradient_descent import LinearSelfAttention
 from icl_lib.low_rank import LowRank
-from icl_lib.validation import require_finite, require_float, require_instance, require_same_kind
+from icl_lib.validation import require_float, require_instance
 
 
 def context_matrix(layer: LinearSelfAttention, context: Float[Tensor, "*batch n dim"]) -> LowRank:
@@ -112,56 +112,3 @@ class InterpolatedAttention(nn.Module):
         scores = (layer.key(context) @ layer.query(query).unsqueeze(-1)).squeeze(-1)
         weights = (1 - self.mix) * scores + self.mix * context.shape[-2] * scores.softmax(-1)
         return query + layer.output((weights.unsqueeze(-2) @ layer.value(context)).squeeze(-2))
-
-
-def least_squares_edit(reads: Float[Tensor, "m in_"], changes: Float[Tensor, "m out"]) -> LowRank:
-    r"""The edit that makes given changes for given reads as well as one matrix can, for any number of reads.
-
-    $$\Delta V = \operatorname*{arg\,min}_M \sum_k \lVert M r_k - \Delta h_k \rVert^2 = \Delta H\, R^+$$
-
-    Of several such edits it is the smallest. Where the reads are linearly independent it is
-    :func:`icl_lib.theorem.least_norm_edit`, and exact.
-
-    Shapes: ``reads`` ($r_k$, the columns of $R$) ``[m, in]``, ``changes`` ($\Delta h_k$) ``[m, out]``. Raises
-    `ValueError` for shapes, dtypes or devices that do not match, and for values that are not finite.
-
-    >>> least_squares_edit(torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [4.0]])).dense()  # the mean of 2 and 4
-    tensor([[3.]])
-    """
-    for name, vectors, layout in (("reads", reads, "[m, in]"), ("changes", changes, "[m, out]")):
-        require_float(name, vectors, 2, layout)
-        require_finite(name, vectors, "look for overflow or NaN weights in the layers before.")
-    require_same_kind("reads", reads, changes=changes)
-    if reads.ndim > 2 or changes.ndim > 2 or len(reads) != len(changes):
-        raise ValueError(
-            f"reads have shape {tuple(reads.shape)} and changes {tuple(changes.shape)}: give reads [m, in] and one "
-            "change for each, [m, out]."
-        )
-    return LowRank(changes.mT, torch.linalg.pinv(reads))
-
-
-def share_served(edit: LowRank, reads: Float[Tensor, "m in_"], changes: Float[Tensor, "m out"]) -> Float[Tensor, ""]:
-    r"""The share of the wanted changes that one edit makes, $R^2$ without subtracting means.
-
-    $$R^2 = 1 - \frac{\sum_k \lVert \Delta h_k - \Delta V\, r_k \rVert^2}{\sum_k \lVert \Delta h_k \rVert^2}$$
-
-    1 is an edit that serves every read, 0 is as good as no edit, and a negative number is worse.
-
-    Shapes: ``edit`` ``[out, in]``, ``reads`` ($r_k$) ``[m, in]``, ``changes`` ($\Delta h_k$) ``[m, out]``. Raises
-    `ValueError` for shapes that do not match, and for changes that are all zero.
-
-    >>> edit = LowRank(torch.eye(2), torch.eye(2))
-    >>> share_served(edit, torch.eye(2), torch.eye(2)), share_served(0 * edit, torch.eye(2), torch.eye(2))
-    (tensor(1.), tensor(0.))
-    """
-    require_instance("edit", edit, LowRank, "give a LowRank, such as least_norm_edit returns.")
-    require_float("reads", reads, 2, "[m, in]")
-    require_float("changes", changes, 2, "[m, out]")
-    if (len(reads), reads.shape[-1]) != (len(changes), edit.shape[-1]) or changes.shape[-1] != edit.shape[-2]:
-        raise ValueError(
-            f"edit has shape {tuple(edit.shape)}, reads {tuple(reads.shape)} and changes {tuple(changes.shape)}: give "
-            "an edit [out, in], reads [m, in] and changes [m, out]."
-        )
-    if not changes.any():
-        raise ValueError("changes are all zero: no share of them is defined. Give reads that a context changes.")
-    return 1 - (changes - edit.matvec(reads)).square().sum() / changes.square().sum()

@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,20 @@ class BlockActivations:
     output: Tensor | None = None
 
 
+class Rows(NamedTuple):
+    """The tokens of a padded batch of bare queries to which edits are fitted, each beginning of a text once.
+
+    Attributes:
+        tokens: their numbers among all tokens of the batch, ``[rows]``.
+        counts: in how many queries each occurs, ``[rows]``.
+        of_token: for each token of the batch its row, or -1, ``[tokens]``.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    of_token: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class CachedPrompt:
     """A query, and what the blocks read at its positions with the context.
@@ -42,7 +56,8 @@ class CachedPrompt:
         lead: the leading dimensions of the edits, ``[*batch, positions]``.
         bare_lead: those of the query; it has one position if a single query stands for all positions.
         blocks: the activations of each block.
-        output: what the model outputs at the last position, ``[*batch, width]``.
+        output: what the model outputs at the last position, ``[*batch, width]``; None if it is not compared.
+        rows: for several queries, the tokens whose activations ``blocks`` holds; ``lead`` is then ``[rows]``.
     """
 
     kind: type[Prompt]
@@ -50,7 +65,15 @@ class CachedPrompt:
     lead: torch.Size
     bare_lead: torch.Size
     blocks: tuple[BlockActivations, ...]
-    output: Tensor
+    output: Tensor | None
+    rows: Rows | None = None
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """Return tokens of a pass with the leading dimensions of the edits, or of the query if it stands for all."""
+        if self.rows is not None:
+            return tokens.reshape(-1, tokens.shape[-1])[self.rows.tokens]
+        whole = tokens.numel() == self.lead.numel() * tokens.shape[-1]
+        return tokens.reshape(*(self.lead if whole else self.bare_lead), tokens.shape[-1])
 
 
 def with_context(
@@ -156,7 +179,7 @@ class _Recorder:
                 f"{place} reads or returns {tuple(tokens.shape)} for {self.tokens} tokens: only streams with one "
                 "vector for each token are covered."
             )
-        if self.last is not None and _same_memory(self.last[0], tokens):
+        if self.last is not None and same_memory(self.last[0], tokens):
             return self.last[1]
         batch, positions = self.lead[:-1], self.lead[-1]
         rows = tokens.detach().reshape(*batch, -1, tokens.shape[-1])
@@ -165,7 +188,7 @@ class _Recorder:
         return kept
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are one, up to their leading dimensions, and unchanged since the first was seen."""
     one = a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.shape[-1] == b.shape[-1]
     return one and a._version == b._version

@@ -9,22 +9,52 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from icl_lib.least_squares import LeastSquares
 from icl_lib.low_rank import LowRank
-from icl_lib.models.activations import BlockActivations, CachedPrompt, on_stream
+from icl_lib.models.activations import BlockActivations, CachedPrompt, on_stream, same_memory
 from icl_lib.models.anatomy import Site, factor_at, is_experts
 from icl_lib.models.block_patch import BlockPatch
-from icl_lib.models.edited_weights import Product, edited, edited_norm, holder_of, parameter_at, parts_of, split
+from icl_lib.models.edited_weights import (
+    NormParts,
+    Product,
+    edited,
+    edited_norm,
+    holder_of,
+    parameter_at,
+    parts_of,
+    split,
+)
 from icl_lib.output_updates import output_update, scale_update, turning_update
 from icl_lib.theorem import joint_weight_update, least_norm_edit, weight_update
 
 
 class NotReproducedError(ValueError):
     """A block whose output with its edits is not that with the prompt, or whose anatomy cannot be right."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    r"""How one edit of each map is fitted to more tokens than it need serve exactly.
+
+    Attributes:
+        ridge: $\rho$; a map that reads $r_k$ is fitted with $\lambda = \rho \operatorname{median}_k \lVert r_k
+            \rVert^2$ in :func:`icl_lib.least_squares.least_squares_edit`.
+        rank: the largest rank of an edit, or None.
+    """
+
+    ridge: float
+    rank: int | None = None
+
+    def of(self, reads: Tensor, counts: Tensor) -> LeastSquares:
+        """Return the regression from these reads, ``[rows, in]``."""
+        scale = reads.double().square().sum(-1).median().item()
+        return LeastSquares(reads, self.ridge * scale, counts)
 
 
 class BlockEdits:
@@ -37,6 +67,7 @@ class BlockEdits:
         outer: which weights add the change of the stream: ``down``, ``bias`` or ``scale``.
         joint: whether one edit of each map must serve all tokens.
         dense: whether the block runs with the edited matrices themselves, as a merged model does.
+        fit: for joint edits, how they are fitted; None for exact ones.
     """
 
     def __init__(
@@ -47,10 +78,11 @@ class BlockEdits:
         outer: str,
         joint: bool = False,
         dense: bool = False,
+        fit: Fit | None = None,
     ) -> None:
         self.where, self.block, self.anatomy = site
         self.prompt, self.activations = prompt, activations
-        self.kind, self.joint, self.dense = outer, joint, dense
+        self.kind, self.joint, self.dense, self.fit = outer, joint, dense, fit
         self.norm = self.block.get_submodule(self.anatomy.scale) if self.anatomy.scale else None
         self.dtypes: set[torch.dtype] = set()  # those in which the edited maps compute
         self.forget()
@@ -66,6 +98,9 @@ class BlockEdits:
         self.sent: dict[int, Tensor] = {}
         self.gates: Tensor | None = None
         self.turned: tuple[Tensor, Tensor] | None = None
+        # The condition number of each fit; what was fitted last, which maps that read the same share.
+        self.conditions: dict[str, float] = {}
+        self.fitted: tuple[Tensor, LeastSquares] | None = None
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Make the block run with its edits until the stack is closed."""
@@ -103,15 +138,8 @@ class BlockEdits:
         sent = {} if self.joint else self.sent
         return BlockPatch(self.inner, self.outer, self.change, sent, frozenset(self.transposed), self.kind)
 
-    def _shaped(self, tokens: Tensor) -> Tensor:
-        """Return tokens with the leading dimensions of the edits, or of the query if it stands for all positions."""
-        lead = self.prompt.lead
-        if tokens.numel() != lead.numel() * tokens.shape[-1]:
-            lead = self.prompt.bare_lead
-        return tokens.reshape(*lead, tokens.shape[-1])
-
     def _on_stream(self, tokens: Tensor) -> None:
-        self.change = self.activations.stream - self._shaped(tokens)
+        self.change = self.activations.stream - self.prompt.of(tokens)
 
     @property
     def _needed(self) -> Tensor:
@@ -123,7 +151,7 @@ class BlockEdits:
         return self.change * factor
 
     def _on_read(self, path: str, product: Product) -> LowRank:
-        return self._inner(path, product, self._shaped(product.read), self.activations.reads[path])
+        return self._inner(path, product, self.prompt.of(product.read), self.activations.reads[path])
 
     def _on_routed(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (*args, *kwargs.values())
@@ -136,14 +164,28 @@ class BlockEdits:
         self.gates = gates.to(self.change.dtype).sum(-1, keepdim=True)
         self.sent = {expert: (chosen == expert).T.nonzero()[:, 1] for expert in chosen.unique().tolist()}
 
-    def _on_expert_read(self, path: str, expert: int, product: Product) -> LowRank:
-        wanted = self.activations.reads[path].flatten(0, -2)[self.sent[expert]]
-        return self._inner(f"{path}[{expert}]", product, product.read, wanted)
-
-    def _on_expert_hidden(self, path: str, expert: int, product: Product) -> LowRank:
+    def _of_expert(self, expert: int, read: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what an expert reads of the tokens that get an edit, their numbers, and those of their edits."""
         tokens = self.sent[expert]
-        change = self._needed.flatten(0, -2)[tokens] / self.gates[tokens]
-        return self._outer(f"{path}[{expert}]", product, change, product.read)
+        if self.prompt.rows is None:
+            return read, tokens, tokens
+        rows = self.prompt.rows.of_token[tokens]
+        used = rows >= 0
+        return read[used], tokens[used], rows[used]
+
+    def _on_expert_read(self, path: str, expert: int, product: Product) -> LowRank | None:
+        read, _, rows = self._of_expert(expert, product.read)
+        if not len(rows):  # only padding is sent to this expert
+            return None
+        wanted = self.activations.reads[path].flatten(0, -2)[rows]
+        return self._inner(f"{path}[{expert}]", product, read, wanted, rows)
+
+    def _on_expert_hidden(self, path: str, expert: int, product: Product) -> LowRank | None:
+        read, tokens, rows = self._of_expert(expert, product.read)
+        if not len(rows):
+            return None
+        change = self._needed.flatten(0, -2)[rows] / self.gates[tokens]
+        return self._outer(f"{path}[{expert}]", product, change, read, rows)
 
     def _on_hidden(self, path: str, product: Product) -> LowRank | Tensor:
         self._note(path, product)
@@ -151,16 +193,19 @@ class BlockEdits:
         if self.kind == "bias":
             self.outer[path] = self._one_vector(path, change)
             return self.outer[path]
-        hidden = self._shaped(product.read)
+        hidden = self.prompt.of(product.read)
         if self.norm is not None:
-            change = self._turned(path, change, self._shaped(product.output))
+            change = self._turned(path, change, self.prompt.of(product.output))
         return self._outer(path, product, change, hidden)
 
     def _turned(self, path: str, change: Tensor, output: Tensor) -> Tensor:
         """Return the change of the norm's input that, with a new scale, changes the norm's output by ``change``."""
         parts = parts_of(self.norm, output)
         wanted = parts.output + change
-        flat = (vectors.flatten(0, -2) for vectors in (wanted, output, parts.normed))
+        flat = tuple(vectors.flatten(0, -2) for vectors in (wanted, output, parts.normed))
+        if self.fit is not None:  # the direction alone; the scale is fitted to what comes of it
+            turn, _ = self._named(path, turning_update, *flat, parts.scale)
+            return turn
         shared = self.joint and output[..., 0].numel() > 1
         turn, scale = self._named(path, turning_update, *flat, parts.scale, shared)
         self.turned = wanted, scale if scale.ndim == 1 else scale.reshape(output.shape)
@@ -173,8 +218,11 @@ class BlockEdits:
 
     def _on_norm(self, read: Tensor) -> Tensor:
         path = self.anatomy.scale
-        parts = parts_of(self.norm, self._shaped(read))
-        if self.turned is None:  # the scale alone takes the change and the rounding of the norm
+        parts = parts_of(self.norm, self.prompt.of(read))
+        if self.fit is not None:
+            wanted = self._needed + parts.output
+            edit = _fitted_scale(parts, wanted, self.prompt.rows.counts, self.fit.ridge)
+        elif self.turned is None:  # the scale alone takes the change and the rounding of the norm
             rest = self._needed + parts.output - parts.scale * parts.normed
             edit = self._named(path, scale_update, rest, parts.normed)
         else:
@@ -187,17 +235,40 @@ class BlockEdits:
         self.outer[path] = self._one_vector(path, edit)
         return self.outer[path]
 
-    def _inner(self, path: str, product: Product, read: Tensor, wanted: Tensor) -> LowRank:
-        formula = functools.partial(
-            joint_weight_update if self.joint else weight_update, self._cast(path, product.weight)
-        )
-        self.inner[path] = edit = self._matrix_edit(path, product, formula, read, wanted)
+    def _inner(self, path: str, product: Product, read: Tensor, wanted: Tensor, rows: Tensor | None = None) -> LowRank:
+        weight = self._cast(path, product.weight)
+        if self.fit is not None:
+            edit = self._fitted(path, product, read, (wanted - read).to(weight.dtype) @ weight.mT, rows)
+        else:
+            formula = functools.partial(joint_weight_update if self.joint else weight_update, weight)
+            edit = self._matrix_edit(path, product, formula, read, wanted)
+        self.inner[path] = edit
         return edit
 
-    def _outer(self, path: str, product: Product, change: Tensor, hidden: Tensor) -> LowRank:
-        arguments = (least_norm_edit, hidden, change) if self.joint else (output_update, change, hidden)
-        self.outer[path] = edit = self._matrix_edit(path, product, *arguments)
+    def _outer(
+        self, path: str, product: Product, change: Tensor, hidden: Tensor, rows: Tensor | None = None
+    ) -> LowRank:
+        if self.fit is not None:
+            edit = self._fitted(path, product, hidden, change, rows)
+        else:
+            arguments = (least_norm_edit, hidden, change) if self.joint else (output_update, change, hidden)
+            edit = self._matrix_edit(path, product, *arguments)
+        self.outer[path] = edit
         return edit
+
+    def _fitted(self, path: str, product: Product, read: Tensor, change: Tensor, rows: Tensor | None) -> LowRank:
+        """Return the edit of a map that is fitted to some rows, or to all; maps that read the same share the work."""
+        self._note(path, product)
+        read, counts = self._cast(path, read), self.prompt.rows.counts
+        if rows is not None:
+            solver = self.fit.of(read, counts[rows])
+        elif self.fitted is not None and same_memory(self.fitted[0], product.read):
+            solver = self.fitted[1]
+        else:
+            solver = self.fit.of(read, counts)
+            self.fitted = product.read, solver
+        self.conditions[path] = solver.condition
+        return solver.edit(self._cast(path, change), self.fit.rank)
 
     def _matrix_edit(self, path: str, product: Product, formula: Callable[..., LowRank], *vectors: Tensor) -> LowRank:
         self._note(path, product)
@@ -237,4 +308,17 @@ class BlockEdits:
                 "hidden": "hidden is the input of the last map.",
             }
             hint = next((f" ({said})" for name, said in hints.items() if name in str(error)), "")
-            raise ValueError(f"{self.where}.{path}: {error}{hint}") from None
+            raise type(error)(f"{self.where}.{path}: {error}{hint}") from None
+
+
+def _fitted_scale(parts: NormParts, wanted: Tensor, counts: Tensor, ridge: float) -> Tensor:
+    r"""Return the change of a norm's scale that is best for all rows, feature by feature.
+
+    $$\Delta\gamma_j =
+      \frac{\sum_k c_k \bar o_{kj} (t_{kj} - \gamma_j \bar o_{kj})}{\sum_k c_k \bar o_{kj}^2 + \lambda},
+      \qquad \lambda = \rho \operatorname{mean}_{k, j} \bar o_{kj}^2$$
+    """
+    normed, missing = parts.normed.double(), (wanted - parts.scale * parts.normed).double()
+    counts = counts.to(normed)[:, None]
+    squares = (counts * normed.square()).sum(0) + ridge * normed.square().mean()
+    return ((counts * normed * missing).sum(0) / squares).to(wanted.dtype)

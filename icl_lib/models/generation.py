@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from icl_lib.models.absorb import anatomy_of, outer_of
 from icl_lib.models.activations import CachedPrompt, with_context
 from icl_lib.models.anatomy import sites
 from icl_lib.models.passes import without_context
-from icl_lib.models.prompt import accepted, experts_one_by_one
-from icl_lib.models.tokens import Tokens
+from icl_lib.models.prompt import experts_one_by_one
+from icl_lib.models.tokens import Tokens, cache_name, new_cache
 from icl_lib.validation import require_size
 
 
@@ -85,7 +84,7 @@ def greedy_agreement(
     placed = sites(model, anatomy_of(model))
     outer = outer_of(placed, outer, prompt, False, model)
     ids = input_ids.reshape(-1, length)
-    options = {"use_cache": True, _cache_name(model): _new_cache(model)}
+    options = {"use_cache": True, cache_name(model): new_cache(model)}
     steps = tqdm(range(max_new_tokens), unit="token", disable=not progress or building_book(), leave=False)
     lead = torch.Size((len(ids), 1))
     chosen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -104,13 +103,3 @@ def greedy_agreement(
             errors.append(relative_error(edited, wanted).max().item())
             current = chosen[-1][0][:, None]
     return Agreement(*(torch.stack(part, -1) for part in zip(*chosen, strict=True)), max(errors))
-
-
-def _cache_name(model: nn.Module) -> str:
-    return "cache" if "cache" in accepted(model) else "past_key_values"
-
-
-def _new_cache(model: nn.Module) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)

@@ -31,7 +31,7 @@ from icl_lib.environment import building_book
 from icl_lib.measures import relative_error
 from icl_lib.models.activations import CachedPrompt, on_output
 from icl_lib.models.anatomy import Site
-from icl_lib.models.block_edits import BlockEdits, NotReproducedError
+from icl_lib.models.block_edits import BlockEdits, Fit, NotReproducedError
 from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.report import TOLERANCE
 
@@ -43,6 +43,7 @@ def without_context(
     outer: str,
     joint: bool = False,
     dense: bool = False,
+    fit: Fit | None = None,
     keep: int | None = None,
     require: bool = True,
     visit: Callable[[int, Tensor, BlockEdits], Any] = lambda *_: None,
@@ -53,6 +54,7 @@ def without_context(
         joint: one edit of each map serves all positions.
         dense: the pass uses the edited matrices themselves and rounds as a merged model does, so each block corrects
             the rounding of those before it.
+        fit: for joint edits, how they are fitted; None for exact ones.
         keep: the number of positions, from the last, whose outputs are computed; None for all.
         require: raise at the first block whose output is not that of the run with the context.
         visit: called after each block with its number, its output, ``[*batch, positions, width]``, and its edits.
@@ -61,12 +63,13 @@ def without_context(
     that with the context.
     """
     blocks = [
-        BlockEdits(site, prompt, seen, outer, joint, dense) for site, seen in zip(sites, prompt.blocks, strict=True)
+        BlockEdits(site, prompt, seen, outer, joint, dense, fit)
+        for site, seen in zip(sites, prompt.blocks, strict=True)
     ]
 
     def after(index: int, output: Tensor) -> Tensor | None:
         edits, wanted = blocks[index], prompt.blocks[index].output
-        patched = output.reshape(wanted.shape)
+        patched = prompt.of(output)
         edits.require_complete()
         if require:
             _require_reproduced(f"{edits.where}: with its edits this block's output", patched, wanted, [edits])
@@ -81,7 +84,7 @@ def without_context(
             edits.install(stack)
             on_output(stack, edits.block, functools.partial(after, index))
         outputs = prompt.kind.run(model, prompt.bare, keep)
-    if require:
+    if require and prompt.output is not None:
         last = outputs.reshape(*prompt.output.shape[:-1], -1, outputs.shape[-1])[..., -1, :]
         _require_reproduced("with the edits of all blocks the model's output", last, prompt.output, blocks)
     return outputs

@@ -45,7 +45,8 @@ class Patch:
         anatomy: the places of the edited maps in the model.
         prompt: how the model is called with the context and without it.
         outer_kind: which weights add the change of the stream: ``down``, ``bias`` or ``scale``.
-        cached: the query and what the blocks read with the context; a joint patch is computed from it.
+        cached: the query and what the blocks read with the context; a joint patch is computed from it. None for a patch
+            whose edits are final.
         is_joint: whether one edit of each map serves all positions.
         source: returns the model that the patch was made from, or None if it no longer exists.
 
@@ -61,7 +62,7 @@ class Patch:
     anatomy: Anatomy
     prompt: Prompt
     outer_kind: str
-    cached: CachedPrompt
+    cached: CachedPrompt | None
     is_joint: bool
     source: Callable[[], nn.Module | None]
 
@@ -81,8 +82,8 @@ class Patch:
 
     def __reduce__(self) -> tuple:
         # A weak reference cannot be pickled, and the model is not part of the patch.
-        kept = (getattr(self, field.name) for field in fields(self) if field.name != "source")
-        return type(self), (*kept, _no_model)
+        kept = (_no_model if field.name == "source" else getattr(self, field.name) for field in fields(self))
+        return type(self), tuple(kept)
 
     @property
     def reference(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from icl_lib.environment import extra
 from icl_lib.models.prompt import Prompt, accepted, ids_argument
 
 
@@ -171,6 +172,19 @@ def _vocabulary(model: nn.Module) -> int:
     if hasattr(model, "get_input_embeddings"):
         return model.get_input_embeddings().num_embeddings
     return max(part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding))
+
+
+def cache_name(model: nn.Module) -> str:
+    """Return the name of the argument that takes the cache of keys and values."""
+    return "cache" if "cache" in accepted(model) else "past_key_values"
+
+
+def new_cache(model: nn.Module) -> Any:
+    """Return an empty cache for a language model of transformers."""
+    with extra("llm"):
+        from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
 
 
 def _require_one_length(inputs: Tensor, pad: int | None) -> None:
