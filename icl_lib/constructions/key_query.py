@@ -68,7 +68,7 @@ class LinearHeads(nn.Module):
         return self.scores if self.rank is None else self.key.mT @ self.query
 
     def matrix(self) -> Float[Tensor, "features features"]:
-        r"""The matrix $M = \\sum_h v_h U_h$ of the prediction $\\hat y = \\beta^\\top M\\, x$."""
+        r"""The matrix $M = \sum_h v_h U_h$ of the prediction $\hat y = \beta^\top M\, x$."""
         return torch.einsum("h,hij->ij", self.corner, self.key_query())
 
     def forward(
@@ -186,7 +186,7 @@ def merged_time_course(
 
     for the gradient flow of half the expected squared error, with $x \sim N(0, I)$ and $w^2$ the strength of the first
     weights (:func:`initial_strength`). Source: Zhang et al. (arXiv 2501.16265, version 2), with their time constant
-    $\tau = 1$. Derived in :func:`icl_lib.symbolic.merged_time_course`.
+    $\tau = 1$.
 
     Shapes: ``times`` and the result ``[times]``. Raises `ValueError` for a size that is not a positive whole number, or
     a strength that is not positive.
@@ -230,14 +230,13 @@ def plateau_losses(covariance: Float[Tensor, "d d"], examples: int) -> Float[Ten
 
     with the eigenvalues $\lambda_1 \ge \lambda_2 \ge \dots$ of $\Sigma$. $M_m$ is
     :func:`~icl_lib.constructions.one_layer_optimum`, restricted to the first $m$ eigenvectors: a regression on $m$
-    principal components. Source: Zhang et al. (arXiv 2501.16265, version 2). Derived in
-    :func:`icl_lib.symbolic.plateau_losses`.
+    principal components. Source: Zhang et al. (arXiv 2501.16265, version 2).
 
     Shapes: ``covariance`` ``[d, d]``; the result is ``[d + 1]``. Raises `ValueError` for a covariance that is not
     symmetric and positive definite.
 
     >>> plateau_losses(torch.diag(torch.tensor([0.5, 0.25])), examples=10)
-    tensor([0.7500, 0.3500, 0.1577])
+    tensor([0.7500, 0.3500, 0.1714])
     """
     require_covariance("covariance", covariance)
     require_size("examples", examples)
