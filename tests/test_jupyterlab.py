@@ -90,7 +90,7 @@ def test_a_chapter_in_jupyterlab(browser: Browser, tmp_path: Path):
         prose = page.locator(".jp-Notebook")
         expect(prose).to_contain_text("it answers 12345, with a probability of 12345")
         expect(prose.get_by_role("link", name="Brown et al., 2020")).to_have_attribute("href", re.compile("arxiv.org"))
-        expect(prose.get_by_role("link", name="Cost", exact=True)).to_be_visible()
+        expect(prose.get_by_role("link", name="Cost", exact=True).first).to_be_visible()
         assert not re.search(r"\{[a-z:]+\}|:::", prose.inner_text())
         page.get_by_text("| Idle").wait_for()  # otherwise running the cells would ask which kernel to use
         page.get_by_role("menuitem", name="Run", exact=True).click()
