@@ -27,7 +27,7 @@ CELLS = [
     """\
 import ipywidgets
 from icl_lib.paper.figures import Figure, figure
-from icl_lib.widgets import Playground, explore""",
+from icl_lib.widgets import Playground, Puzzle, explore""",
     "playground = Playground()\nplayground",
     """\
 seen = ipywidgets.Label("nothing yet").add_class("python-sees")
@@ -41,6 +41,11 @@ def draw(power, dashed):
         ax.plot([x**power for x in range(9)], linestyle="--" if dashed else "-")
     return Figure(fig, f"x to the power of {power}, dashed: {dashed}")
 explore(draw, power=range(1, 6), dashed=[False, True])""",
+    "puzzle = Puzzle()\npuzzle",
+    """\
+moved = ipywidgets.Label("in the prompt").add_class("python-moved")
+puzzle.observe(lambda _: setattr(moved, "value", f"served: {puzzle.serves}"), "serves")
+moved""",
 ]
 
 
@@ -125,6 +130,11 @@ def test_a_chapter_in_jupyterlab(browser: Browser, tmp_path: Path):
         expect(picture).to_have_attribute("aria-label", "x to the power of 2, dashed: False")
         page.locator(".widget-checkbox input").check()
         expect(picture).to_have_attribute("aria-label", "x to the power of 2, dashed: True")
+
+        puzzle = page.locator(".icl-puzzle")
+        puzzle.get_by_role("switch").check()
+        expect(page.locator(".python-moved")).to_have_text("served: ['2+8']")
+        assert [column.locator("b").first.inner_text() for column in puzzle.locator("ol").all()] == ["20", "7", "20"]
         if shots := os.environ.get("SCREENSHOTS"):
             page.screenshot(path=f"{shots}/jupyterlab.png")
         assert visit.outside == []

@@ -203,6 +203,23 @@ def test_playground_presets(playground: Locator):
     assert state(playground) == start
 
 
+@pytest.mark.parametrize("viewport", [{"width": 1280, "height": 900}, PHONE], ids=["desktop", "phone"])
+def test_the_landing_page_begins_with_the_model(browser: Browser, address: str, viewport: dict[str, int]):
+    """On the first screen the examples move into the weights, and the answers are there: the claim, before any text."""
+    with visiting(browser, address, viewport=viewport) as visit:
+        visit.page.goto(f"{address}/book/index.html")
+        settle(visit.page)
+        puzzle = visit.page.locator(".icl-puzzle")
+        puzzle.get_by_role("switch").check()
+        answers = puzzle.locator(".icl-answers b")
+        assert [answers.nth(3 * column).inner_text() for column in range(3)] == ["20", "7", "20"]
+        assert visit.page.evaluate("scrollY") == 0
+        for part in (puzzle.locator(".icl-prompt"), puzzle.locator(".icl-switch"), puzzle.locator(".icl-answers")):
+            box = part.bounding_box()
+            assert box["y"] + box["height"] <= viewport["height"]
+        assert visit.problems() == []
+
+
 def _drive(page: Page, explore: Locator) -> None:
     """Move every control by keyboard: each must change the picture, and the opposite key restores it."""
     frame = explore.locator(".icl-frame")
@@ -264,6 +281,7 @@ def test_pages_load_the_widgets_only_where_they_are_used(site: Path):
     for name in pages(site):
         text = (site / name).read_text(encoding="utf-8")
         assert ("_static/widgets.js" in text) == ("_static/widgets.css" in text) == (WIDGET in text), name
+        assert ("_static/hidden_rule.js" in text) == ('data-widget="puzzle"' in text), name
         assert text.count("const THEBE_JS_URL") <= 1, name
 
 

@@ -15,8 +15,8 @@ import torch
 from IPython.display import HTML
 
 from icl_lib.paper.figures import Figure, figure
-from icl_lib.widgets import Playground, explore, explorer
-from icl_lib.widgets.page import page_html
+from icl_lib.widgets import Playground, Puzzle, explore, explorer
+from icl_lib.widgets.page import STATIC, module, page_html
 
 
 @pytest.fixture
@@ -269,6 +269,61 @@ def test_page_gets_the_playground_and_a_picture():
     state, fallback = parts(data["text/html"])
     assert state == {"W": [[1, 0.5], [-0.3, 0.9]], "a": [1, 0], "d": [-0.6, 1], "applied": False}
     assert 'role="img"' in fallback
+
+
+# --- the puzzle
+
+
+def test_puzzle_keeps_texts_in_one_form():
+    puzzle = Puzzle(examples=" 2 + 3 = 10,4+2=12, ", question="2 + 8", serves=("9+9", "2 +8"))
+    assert (puzzle.examples, puzzle.question, puzzle.serves) == ("2+3=10, 4+2=12", "2+8", ["9+9", "2+8"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"examples": ""}, "examples is '': give 1 to 6, such as"),
+        ({"examples": ["2+3=10"]}, "examples is .*: give 1 to 6"),
+        ({"examples": "1+1=2, " * 7}, "examples is .*: give 1 to 6"),
+        ({"examples": "2+3=10, 2*3=6"}, r"examples\[1\] is ' 2\*3=6': write it as '2\+3=10'"),
+        ({"examples": "2+3=100"}, "whole numbers from 0 to 99"),
+        ({"question": "02+8"}, "question is '02\\+8': write it as '2\\+8', .* without leading zeros"),
+        ({"question": None}, "question is None"),
+        ({"serves": "2+8"}, r"serves is '2\+8': give a list"),
+        ({"serves": ["2+8", "x"]}, r"serves\[1\] is 'x'"),
+        ({"serves": ["2+8", "2 + 8"]}, r"serves has '2\+8' twice"),
+    ],
+)
+def test_puzzle_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        Puzzle(**values)
+    puzzle, ((name, value),) = Puzzle(), values.items()
+    before = getattr(puzzle, name)
+    with pytest.raises(ValueError, match=message):
+        setattr(puzzle, name, value)
+    assert getattr(puzzle, name) == before
+
+
+def test_notebook_gets_the_puzzle_with_its_model():
+    puzzle = Puzzle()
+    assert len(puzzle.weights) > 800_000
+    assert puzzle.config["num_hidden_layers"] == 4
+    assert "text/html" not in puzzle._repr_mimebundle_()[0]
+    inside = module("puzzle")
+    assert re.findall(r"^(?:import|export) .*", inside, re.MULTILINE) == ["export default { render };"]
+    assert (STATIC / "language_model.mjs").read_text().splitlines()[-1].removeprefix("export default") in inside
+
+
+@pytest.mark.usefixtures("book")
+def test_page_gets_the_puzzle_without_the_model():
+    puzzle = Puzzle(serves=["2+8"])
+    state, fallback = parts(puzzle._repr_mimebundle_()[0]["text/html"])
+    assert state == {"examples": "2+3=10, 4+2=12, 1+5=12", "question": "2+8", "serves": ["2+8"]}
+    assert "2+8 = ?" in fallback
+    assert not puzzle.weights
+
+
+# --- what every widget puts into a page
 
 
 def test_state_cannot_end_its_script():

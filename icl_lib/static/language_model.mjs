@@ -25,7 +25,7 @@ export const decode = (id) => (id < NUMBERS ? String(id) : SIGNS[id - NUMBERS]);
 
 // --- Linear algebra
 
-export function dot(u, v, at = 0, from = 0, length = u.length) {
+function dot(u, v, at = 0, from = 0, length = u.length) {
   // Four sums that do not wait for each other take half the time of one.
   let [a, b, c, d, k] = [0, 0, 0, 0, 0];
   for (; k + 3 < length; k += 4) {
@@ -38,8 +38,8 @@ export function dot(u, v, at = 0, from = 0, length = u.length) {
   return a + b + (c + d);
 }
 
-export const norm = (v) => Math.sqrt(dot(v, v));
-export const minus = (u, v) => u.map((x, i) => x - v[i]);
+const norm = (v) => Math.sqrt(dot(v, v));
+const minus = (u, v) => u.map((x, i) => x - v[i]);
 
 /** y ← y + s x */
 const add = (y, s, x) => {
@@ -78,10 +78,10 @@ function times(W, vectors, width) {
 }
 
 /** The i-th of several vectors; changing it changes them. */
-export const vector = (vectors, i, width) => vectors.subarray(i * width, (i + 1) * width);
+const vector = (vectors, i, width) => vectors.subarray(i * width, (i + 1) * width);
 
 /** A matrix kept as factors, Σ left[k] right[k]ᵀ. */
-export class LowRank {
+class LowRank {
   constructor(left, right) {
     [this.left, this.right] = [left, right];
   }
@@ -93,13 +93,24 @@ export class LowRank {
   norm() {
     return Math.hypot(...this.left.map(norm));
   }
+  /** The number of terms that are not sums of the terms before them. */
+  rank() {
+    const kept = [];
+    for (const column of this.left) {
+      const rest = column.slice();
+      for (const direction of kept) add(rest, -dot(direction, rest), direction);
+      const length = norm(rest);
+      if (length > 1e-12 * this.norm()) kept.push(rest.map((x) => x / length));
+    }
+    return kept.length;
+  }
 }
 
 /**
  * The smallest ΔW with ΔW reads[k] = changes[k] for all k, ΔH Z⁺, by the Gram-Schmidt process. For one read z it is
  * Δh zᵀ / ‖z‖². Raises an error if the reads are not linearly independent, and so for a read that is zero.
  */
-export function leastNormEdit(reads, changes) {
+function leastNormEdit(reads, changes) {
   const [left, right] = [[], []];
   for (const [k, read] of reads.entries()) {
     const [rest, change] = [read.slice(), changes[k].slice()];
@@ -236,7 +247,8 @@ export class LanguageModel {
   /**
    * Run the model on token ids, the first of which is at position `first`. `edits`, from `editsFor`, are added to the
    * weights of each block. Returns the logits [tokens, vocabulary], and for each block the `attention`
-   * [heads, to, from], the `stream` behind the attention, what the MLP reads (`read`) and what its `hidden` units output.
+   * [heads, to, from], the `stream` behind the attention, what the MLP reads (`read`) and what its `hidden`
+   * units output.
    */
   run(ids, { first = 0, edits = null } = {}) {
     const tokens = new Tokens(this, ids, first);
@@ -304,4 +316,4 @@ function softmax(v) {
   return v;
 }
 
-export default { encode, decode, readWeights, LanguageModel, vector, minus, norm };
+export default { encode, decode, readWeights, LanguageModel };

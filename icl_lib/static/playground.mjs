@@ -202,6 +202,7 @@ function render({ model, el }) {
     Wa: output.arrow("icl-a"),
     WaC: output.arrow("icl-aC icl-goal"),
     new: output.arrow("icl-new"),
+    gap: output.arrow("icl-gap"),
   };
   // Either vector moves by itself; δ is their difference.
   const moveA = (v, near) => {
@@ -263,6 +264,10 @@ function render({ model, el }) {
     output.setArrow(arrows.Wa, origin, seen.without, "W a₀", low);
     if (seen.edit && applied) output.setArrow(arrows.new, origin, seen.result);
     else arrows.new.group.style.display = "none";
+    // What the edit closes: with the edit, nothing is left to draw.
+    if (seen.edit && norm(minus(seen.target, seen.result)) * output.unit > 1)
+      output.setArrow(arrows.gap, seen.without, seen.target, "gap");
+    else arrows.gap.group.style.display = "none";
 
     goalRow("W a_C", pair(seen.target));
     if (!seen.edit) {

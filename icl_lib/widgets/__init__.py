@@ -1,9 +1,9 @@
 """Interactive pictures, for notebooks with a kernel and for the built pages without one.
 
 :func:`explore` puts controls on any drawing function; :class:`Playground` shows the theorem in the plane, with
-arrows to drag.
+arrows to drag; :class:`Puzzle` runs the book's small language model and moves its prompt into its weights.
 
-A widget shows what was computed elsewhere; only the playground computes, with two-by-two matrices, in the browser.
+What :func:`explore` shows was computed elsewhere. The other two compute in the browser.
 """
 
 from icl_lib.environment import extra
@@ -11,5 +11,6 @@ from icl_lib.environment import extra
 with extra("widgets"):
     from icl_lib.widgets.explorer import explore
     from icl_lib.widgets.playground import Playground
+    from icl_lib.widgets.puzzle import Puzzle
 
-__all__ = ["Playground", "explore"]
+__all__ = ["Playground", "Puzzle", "explore"]

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 STATIC = Path(__file__).resolve().parents[1] / "static"
 """The front end: ES modules that anywidget loads and that the book bundles."""
+
+
+IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./(\w+)\.mjs";$', re.MULTILINE)
+
+
+def module(name: str) -> str:
+    """The text of a module of the front end, with the modules that it imports inside: anywidget takes one text only."""
+
+    def inside(found: re.Match[str]) -> str:
+        names, imported = found.groups()
+        body = re.sub(r"^export default (?=\{)", "return ", module(imported), flags=re.MULTILINE)
+        return f"const {names} = (() => {{\n{re.sub('^export ', '', body, flags=re.MULTILINE)}}})();"
+
+    return IMPORT.sub(inside, (STATIC / f"{name}.mjs").read_text(encoding="utf-8"))
 
 
 class Page:
