@@ -303,6 +303,18 @@ def test_eating_from_the_left_keeps_the_answer(name, n):
             dense = dense + step
 
 
+def test_the_steps_from_the_left_are_factors_of_a_product():
+    """Dherin et al., version 4, Corollary C.3: W times a product without W in it, in this order only."""
+    block, (context, query) = block_of(SoftmaxAttention(DIM, heads=4)), draw(6)
+    eaten, weight = eaten_from_left(block, context, query), block.first_linear.weight.detach()
+    factors = torch.eye(DIM).double() + eaten.factors.dense()
+    for i, factor in enumerate(factors):
+        close(factor @ eaten.suffixes[i + 1], eaten.suffixes[i])
+    close(torch.linalg.multi_dot([weight, *factors]), weight + eaten.after(6).dense())
+    backwards = torch.linalg.multi_dot([weight, *factors.flip(0)])
+    assert cases.relative(backwards.flatten(), (weight + eaten.after(6).dense()).flatten()) > 1e-2
+
+
 def test_the_rank_grows_by_one_a_token_up_to_the_width():
     block, (context, query) = block_of(SoftmaxAttention(DIM, heads=4)), draw(20)
     ranks = [int(eaten_from_left(block, context, query).after(i).rank()) for i in range(21)]

@@ -9,7 +9,8 @@ With the weights $P_i$ and the rest of the prompt, the block outputs what the or
 prompt. Each token adds at most one to the rank of $P_i - W$; the updates of :func:`icl_lib.dynamics.trajectory` have
 rank one throughout. With a skip connection, $r_0 - r_i$ is added to the output bias.
 
-Source: Dherin et al. (arXiv 2507.16003), version 1, appendix B; Proposition 2.6 in version 4. Derived in
+Source: Dherin et al. (arXiv 2507.16003), version 1, appendix B; in version 4 Proposition 2.6 and, for the product
+(:attr:`EatenFromLeft.factors`), Corollary C.3. We know the numbers of version 4 second-hand. Derived in
 :func:`icl_lib.symbolic.eaten_from_left`.
 """
 
@@ -46,6 +47,26 @@ class EatenFromLeft:
     def bias_after(self, tokens: int) -> Tensor:
         r"""$r_0 - r_i$, the edit of the output bias in a block with a skip connection: ``[*batch, in]``."""
         return self.suffixes[..., 0, :] - self.suffixes[..., tokens, :]
+
+    @property
+    def factors(self) -> LowRank:
+        r"""$h_i A_i$ for $i = 1 \dots n$, with $P_n = W (I + h_1 A_1) (I + h_2 A_2) \cdots (I + h_n A_n)$.
+
+        $$h_i = \frac{1}{\lVert r_i \rVert^2}, \qquad A_i = (r_{i-1} - r_i)\, r_i^\top$$
+
+        They do not contain $W$. Each factor maps $r_i$ to $r_{i-1}$. Shape ``[*batch, n, in, in]``, of rank at most
+        one. Source: Dherin et al. (arXiv 2507.16003), version 4, Corollary C.3 (its number second-hand).
+
+        >>> from icl_lib import MeanPooling
+        >>> block = ContextualBlock(MeanPooling(), torch.nn.Linear(2, 1, bias=False))
+        >>> eaten = eaten_from_left(block, torch.tensor([[3.0, 0.0]]), torch.tensor([1.0, 0.0]))
+        >>> eaten.factors[0].dense()  # r_0 = [2, 0] and r_1 = [1, 0]
+        tensor([[1., 0.],
+                [0., 0.]])
+        """
+        before, after = self.suffixes[..., :-1, :], self.suffixes[..., 1:, :]
+        lengths = torch.linalg.vector_norm(after, dim=-1, keepdim=True)
+        return LowRank(((before - after) / lengths).unsqueeze(-1), (after / lengths).unsqueeze(-1))
 
     @property
     def marginal_norms(self) -> Float[Tensor, "*batch n"]:
