@@ -1,6 +1,8 @@
 """Heads of softmax attention on noisy regression: against plain NumPy and Monte Carlo, with controls."""
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from icl_lib.constructions import (
     opposed_heads,
     train_softmax_heads,
 )
+from icl_lib.paper.experiments import HeadSettings, head_settings, write_softmax_heads
 
 
 def prompts(count=200, examples=12, features=3, noise=0.1, seed=0):
@@ -152,3 +155,21 @@ class TestTraining:
         assert patterns.values.sum().abs() < 0.05 * patterns.values.abs().sum()
         assert (patterns.scales * patterns.values > 0).all()
         assert min(patterns.diagonal.min(), patterns.target.min()) > 0.98
+
+
+class TestStoredRuns:
+    def test_runs_are_written(self, tmp_path):
+        small = HeadSettings(examples=4, features=2, steps=3, batch=8)
+        settings = [replace(small, heads=heads, seed=seed) for heads in (1, 2) for seed in (0, 1)]
+        result = write_softmax_heads(tmp_path / "runs", tmp_path / "heads.json", settings, workers=1, progress=False)
+        assert json.loads((tmp_path / "heads.json").read_text()) == result
+        assert [run["settings"]["heads"] for run in result["runs"]] == [1, 1, 2, 2]
+        assert len(result["runs"][3]["scales"]) == 2
+        assert result["runs"][0]["step"] == result["runs"][3]["step"] != result["runs"][0]["loss"]
+
+    def test_every_number_of_heads_has_every_seed(self):
+        settings = head_settings(HeadSettings(steps=7), seeds=3)
+        assert len(set(settings)) == 9
+        assert {one.steps for one in settings} == {7}
+        with pytest.raises(ValueError, match="seeds is 0"):
+            head_settings(seeds=0)

@@ -26,6 +26,7 @@ from icl_lib.paper.experiments.one_block import (
 )
 from icl_lib.paper.experiments.paper_scale import VARIED, paper_settings, summarise, write_figures
 from icl_lib.paper.experiments.parts import head_matrices, with_initial
+from icl_lib.paper.experiments.softmax_heads import HeadSettings, head_settings, run_softmax_heads, write_softmax_heads
 from icl_lib.paper.experiments.token_by_token import (
     BesideSGD,
     Cosines,

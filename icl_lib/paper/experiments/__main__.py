@@ -1,4 +1,4 @@
-"""Run the experiments of Innocenti and Achour at the paper's scale: ``python -m icl_lib.paper.experiments --help``."""
+"""Run the papers' experiments at full scale: ``python -m icl_lib.paper.experiments --help``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from icl_lib.environment import extra
 from icl_lib.paper.experiments.every_block import EveryBlockSettings
 from icl_lib.paper.experiments.paper_scale import paper_settings, write_figures
+from icl_lib.paper.experiments.softmax_heads import HeadSettings, head_settings, write_softmax_heads
 
 with extra("figures", command=__name__ == "__main__"):
     import joblib  # noqa: F401 -- the runs need it, and its absence is named before they start
@@ -28,12 +29,12 @@ def main(
     ] = None,
     summary: Annotated[
         Path | None,
-        typer.Option(help="file of the summary; default book/data/every_block.json, or in the trial's folder"),
+        typer.Option(help="file of the first summary, the other beside it; default book/data/every_block.json"),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="processes; default one for each core", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one")] = "auto",
 ) -> None:
-    """Run every setting of the paper's figures for several seeds, and write the summary that the book reads.
+    """Run every setting of the papers' figures for several seeds, and write the summaries that the book reads.
 
     If it is stopped, start the same command again: it continues where it was.
     """
@@ -52,6 +53,10 @@ def main(
             f"diverged: {len(one['diverged'])} of {len(one['seeds'])}"
         )
     print(f"written to {summary}")
+    short, heads = {"steps": 5} if quick else {}, summary.with_name("softmax_heads.json")
+    records = folder.with_name(f"{folder.name}-heads")
+    write_softmax_heads(records, heads, head_settings(HeadSettings(**short), seeds), workers)
+    print(f"written to {heads}")
 
 
 if __name__ == "__main__":
