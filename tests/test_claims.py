@@ -100,6 +100,8 @@ def test_every_claim_of_a_chapter_has_one_row_and_every_row_a_chapter():
     for page, text in PAGES.items():
         called = re.findall(r"\bclaim\(\s*\"([^\"]+)\"", text)
         assert set(called) <= set(MARKS[page]), f"{page} checks claims that its text does not mark"
+        for name in MARKS[page]:  # what a loop checks is found by its name
+            assert f'"{name}"' in text or f"symbolic.{name.replace('-', '_')}" in text, f"{page} does not check {name}"
 
 
 def test_what_the_page_says_of_a_paper_leads_to_rows():
