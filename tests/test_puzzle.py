@@ -224,13 +224,31 @@ def test_the_map_asks_every_question(puzzle):
             "(cells) => cells.filter((cell) => cell.className.includes('icl-same')).map((c) => c.title)"
         )
         served.append(len(same))
-        assert count.inner_text() == f"Of all 81 questions, the edited model answers {len(same)} as with the examples."
+        assert (
+            count.inner_text()
+            == f"Of all 81 questions, the edited model answers {len(same)} as with the examples (green)."
+        )
         assert len(puzzle.locator(".icl-made").all()) == len(served)
         assert puzzle.locator(".icl-made:not(.icl-same)").count() == 0
     assert 1 < served[0] < 81
     ask(puzzle, "5+1")
     cells.nth(7).click()
     assert puzzle.get_by_label("question", exact=True).input_value() == "1+8"
+
+
+def test_the_time_of_a_move(puzzle, capsys):
+    """Printed, not judged: from the switch to the new answers, edits and pictures; the browser paints after that."""
+    timed = """(toggle) => Array.from({ length: 20 }, () => {
+      const start = performance.now();
+      toggle.click();
+      return performance.now() - start;
+    }).filter((_, n) => n % 2 === 0).sort((a, b) => a - b)"""
+    devtools = puzzle.page.context.new_cdp_session(puzzle.page)
+    for slower in (1, 4):
+        devtools.send("Emulation.setCPUThrottlingRate", {"rate": slower})
+        times = puzzle.get_by_role("switch").evaluate(timed)
+        with capsys.disabled():
+            print(f"\nthe examples moved, {slower} × slower: {times[0]:.0f} to {times[5]:.0f} ms")
 
 
 def test_the_examples_can_be_dragged_onto_the_blocks(puzzle, visit):

@@ -115,8 +115,9 @@ class Plane {
     label(text, name);
     // Beside the tip, away from the origin (or beside the middle of an arrow that starts elsewhere), within the panel.
     const half = name.replace(/_/g, "").length * 5.1;
+    const away = 9 + half * Math.abs(uy);
     const [tx, ty] = norm(from) > 0
-      ? [(x0 + x) / 2 - 14 * uy, (y0 + y) / 2 + 14 * ux + 5]
+      ? [(x0 + x) / 2 - away * uy, (y0 + y) / 2 + away * ux + 5]
       : [x + (x < 0 ? -1 : 1) * (half + 12), y + (below ? 24 : -14)];
     const x1 = Math.min(Math.max(tx, half + 6 - HALF), HALF - half - 6);
     const y1 = Math.min(Math.max(ty, 18 - HALF), HALF - 8);

@@ -108,18 +108,24 @@ const [BLUE, VERMILLION] = [[43, 127, 196], [213, 94, 0]];
 function paint(canvas, width, height, value, peak) {
   [canvas.width, canvas.height] = [width, height];
   const image = new ImageData(width, height);
+  const { data } = image;
   for (let y = 0, at = 0; y < height; y++)
     for (let x = 0; x < width; x++, at += 4) {
       const number = value(x, y);
-      image.data.set(number < 0 ? VERMILLION : BLUE, at);
-      image.data[at + 3] = 255 * Math.min(1, Math.sqrt(Math.abs(number) / peak));
+      const ink = number < 0 ? VERMILLION : BLUE;
+      for (let byte = 0; byte < 3; byte++) data[at + byte] = ink[byte];
+      data[at + 3] = 255 * Math.sqrt(Math.abs(number) / peak); // and no more than 255, whatever the number
     }
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
 /** The factors of an edit as drawn: [along the 192 hidden units, along the 64 numbers of the stream]. */
 const factors = (name, edit) => (name === "down" ? [edit.right, edit.left] : [edit.left, edit.right]);
-const entry = (along, down) => (x, y) => along.reduce((sum, factor, k) => sum + factor[x] * down[k][y], 0);
+const entry = (along, down) => (x, y) => {
+  let sum = 0;
+  for (let k = 0; k < along.length; k++) sum += along[k][x] * down[k][y];
+  return sum;
+};
 const largest = (vectors) => Math.max(1e-300, ...vectors.flatMap((vector) => [...vector].map(Math.abs)));
 
 /** What the three answers show: whether the edit serves the question, and by how much two answers differ. */
@@ -230,6 +236,7 @@ function render({ model, el }) {
   const blocks = make("div", { class: "icl-blocks", role: "radiogroup", "aria-label": "The edits of the weights" },
     ...strips.map((row, b) =>
       make("div", { class: "icl-block" }, make("span", {}, `block ${b + 1}`), ...row.map((strip) => strip.node))));
+  const added = make("p", { class: "icl-caption icl-added" });
   const [top, side, big] = [make("canvas"), make("canvas"), make("canvas")];
   const caption = make("p", { class: "icl-caption" });
   const product = make("div", { class: "icl-product", "aria-hidden": "true" }, top, side, big);
@@ -241,10 +248,10 @@ function render({ model, el }) {
     if (!passing) chosen = [b, name];
     const edits = answers.edits(...[state()[0], state()[2]]);
     lens.classList.toggle("icl-empty", !edits);
-    if (!edits) {
-      caption.textContent = "The weights are those that training left. Move the examples, and the edits appear here.";
-      return;
-    }
+    added.textContent = edits
+      ? "What is added to the weights: three matrices in each block. Blue is positive, orange negative. Choose one:"
+      : "Nothing is added to the weights: they are those that training left.";
+    if (!edits) return;
     const [along, down] = factors(name, edits[b][name]);
     const [width, height] = [along[0].length, down[0].length];
     paint(big, width, height, entry(along, down), peakOf(edits[b][name]));
@@ -289,7 +296,7 @@ function render({ model, el }) {
         cell.title = `${question}: ${edited}${wanted === edited ? "" : `, and with the examples ${wanted}`}`;
       }
       if (at < cells.length) return void setTimeout(step);
-      served.textContent = `Of all ${cells.length} questions, the edited model answers ${same} as with the examples.`;
+      served.textContent = `Of all ${cells.length} questions, the edited model answers ${same} as with the examples (green).`;
       map.setAttribute("aria-label", served.textContent);
     };
     setTimeout(step);
@@ -367,6 +374,7 @@ function render({ model, el }) {
     for (const [i, { node, read, list }] of columns.entries()) {
       node.classList.toggle("icl-empty", !found[i]);
       read.textContent = found[i] ? `reads ${lengths[i]} tokens` : "not edited yet";
+      read.title = "A token is a number or one of the signs + = ,";
       const rows = found[i] ? best(found[i], SHOWN) : [["?", null]];
       list.replaceChildren(...rows.map(([answer, p]) => {
         const parts = [make("b", {}, answer), ...(p === null ? [] : [make("span", {}, percent(p))])];
@@ -407,13 +415,15 @@ function render({ model, el }) {
   el.classList.add("icl-puzzle");
   el.setAttribute("data-lm-suppress-shortcuts", "true");
   el.replaceChildren(
-    make("div", { class: "icl-presets", role: "group", "aria-label": "Hidden rule" }, ...presets),
+    make("div", { class: "icl-presets", role: "group", "aria-label": "Hidden rule" },
+      make("span", { class: "icl-spacious" }, "Hidden rule"), ...presets),
     prompt,
     make("div", { class: "icl-controls" },
       make("label", { class: "icl-switch" }, toggle, "Move the examples into the weights"), others),
     alert,
     make("div", { class: "icl-answers" }, ...columns.map((column) => column.node)),
     make("div", { class: "icl-outcome" }, verdict, actions),
+    added,
     blocks,
     lens,
     live,
