@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from icl_lib import Transformer, absorb
 from icl_lib.dynamics import trajectory
+from icl_lib.paper import plots
 from icl_lib.paper.experiments import (
     ONE_BLOCK,
     edited_for_questions,
@@ -240,3 +241,17 @@ def test_which_steps_lower_the_next_loss():
                 errors.append((output - prompts.context[p, i, -1]) ** 2)
             count += bool(errors[1] < errors[0])
     assert found["SGD"] == pytest.approx(count / 35)
+
+
+def test_the_pictures_say_what_they_show():
+    said = plots.answers([3, 5, 7, 9], [3, 5, 8, 12], "a+b").alt
+    assert said == "a+b: 50% of 4 answers are right; on average they are 1.0 off."
+    drawn = plots.bars(["one", "none"], {"right": [0.5, 0.0], "control": [0.25, 0.0]}, "shares", controls=["control"])
+    assert drawn.alt == "shares. one: 50% right, 25% control; none: 0% right, 0% control."
+    points = {"trained": (torch.tensor([1.0, -1.0, 2.0, 0.5]), torch.tensor([0.5, -2.0, 1.0, -0.1]))}
+    assert "the signs agree for 75% of 4 prompts" in plots.agreement(points, controls=[], title="edit").alt
+    heads = plots.head_columns(torch.tensor([[0.1, 0.75], [0.5, 0.2]]), ("x", "y"), "heads", largest=0.75)
+    assert "x up to 0.50, y up to 0.75" in heads.alt
+    ticks = plots.curves((1, 2, 4), {"a": [1, 2, 3]}, "t", "alt", xscale="log", xticks=(1, 2, 4), xticklabels=(1, 2, 4))
+    assert "10^" not in ticks.svg
+    assert ticks.alt == "alt"

@@ -13,13 +13,13 @@ PALE = {"color": COLOURS["grey"], "linestyle": "--"}
 
 
 def curves(
-    x: Sequence[float],
-    series: Mapping[str, Sequence[float]],
+    x: Any,
+    series: Mapping[str, Any],
     title: str,
     alt: str,
     controls: Collection[str] = (),
-    mark: tuple[float, str] | None = None,
-    width: float = 3.3,
+    mark: tuple[float | int, str] | None = None,
+    width: float | int = 3.3,
     **axes: Any,
 ) -> Figure:
     """Draw a curve for each of ``series``; controls are grey.
@@ -35,8 +35,22 @@ def curves(
         if mark is not None:
             ax.axvline(mark[0], color=INK, linewidth=0.8, linestyle=":", label=mark[1])
         ax.set(title=title, **axes)
+        if "xticks" in axes:  # a logarithmic axis would label others between them
+            ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         ax.legend(ncols=2, **UNDER)
     return Figure(fig, alt)
+
+
+def answers(right: Any, said: Any, title: str) -> Figure:
+    """Draw what a model says against what is right, a dot for each question."""
+    right, said = np.asarray(right), np.asarray(said)
+    ends = (0, max(right.max(), said.max()) + 1)
+    with figure(width=3.9, height=3.7) as (fig, ax):
+        ax.plot(ends, ends, color=COLOURS["grey"], linestyle="--", linewidth=1)
+        ax.plot(right, said, "o", color=COLOURS["blue"], alpha=0.45, markeredgewidth=0)
+        ax.set(title=title, xlabel="right answer", ylabel="the model’s answer", aspect="equal", xlim=ends, ylim=ends)
+    hit, off = np.mean(right == said), np.abs(right - said).mean()
+    return Figure(fig, f"{title}: {hit:.0%} of {len(right)} answers are right; on average they are {off:.1f} off.")
 
 
 def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], title: str, controls: Collection[str]) -> Figure:
@@ -88,7 +102,7 @@ def agreement(points: Mapping[str, tuple[Any, Any]], controls: Collection[str], 
 
 def head_columns(sizes: Any, columns: Sequence[str], title: str, largest: float) -> Figure:
     """Draw how much each head writes of each coordinate of a token, ``[heads, columns]``, as a heat map."""
-    sizes = np.asarray(sizes)
+    sizes = np.asarray(sizes, dtype=float)
     with figure(width=3.1, height=3.4) as (fig, ax):
         heat_map(ax, sizes, largest, numbers=True)
         ax.set(title=title, ylabel="head", aspect="auto")
