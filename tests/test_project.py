@@ -62,6 +62,13 @@ def test_binder_installs_what_the_book_was_built_with():
     assert {name: binder[name] for name in shared} == {name: book[name] for name in shared}
 
 
+def test_every_reference_is_cited_and_every_citation_has_one():
+    chapters = [page.read_text(encoding="utf-8") for page in (ROOT / "book").glob("*.md")]
+    cited = {key for text in chapters for keys in re.findall(r"\{cite:\w+\}`([^`]+)`", text) for key in keys.split(",")}
+    listed = re.findall(r"^@\w+\{([^,]+),$", (ROOT / "book/references.bib").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(cited)
+
+
 def imports(path):
     """The modules of icl_lib that a file imports, from the package downward."""
     nodes = ast.walk(ast.parse(path.read_text()))
