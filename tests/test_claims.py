@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from icl_lib import symbolic
 from icl_lib.paper.claims import GLUE, Claim, claim, claim_derivation
 from icl_lib.symbolic import single_token_attention
 
@@ -102,6 +103,10 @@ def test_every_claim_of_a_chapter_has_one_row_and_every_row_a_chapter():
         assert set(called) <= set(MARKS[page]), f"{page} checks claims that its text does not mark"
         for name in MARKS[page]:  # what a loop checks is found by its name
             assert f'"{name}"' in text or f"symbolic.{name.replace('-', '_')}" in text, f"{page} does not check {name}"
+
+
+def test_every_derivation_is_claimed():
+    assert {name.replace("_", "-") for name in symbolic.__all__ if name[0].islower()} <= set(ROWS)
 
 
 def test_what_the_page_says_of_a_paper_leads_to_rows():
