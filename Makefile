@@ -30,8 +30,9 @@ test: lint book ## build the book, then run all tests, those in a real browser i
 	$(BIN)/python tests/chromium.py
 	$(PYTEST)
 
-figures: $(INSTALLED) ## run the papers' experiments at full scale, an hour or more; options: make figures ARGS=--help
+figures: $(INSTALLED) ## run all experiments at full scale, two hours or more; only the papers', with options: make figures ARGS=--help
 	$(BIN)/python -m icl_lib.paper.experiments $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m icl_lib.paper.compiling)
 
 stored: $(INSTALLED) ## run the pages about SmolLM2 and store their results, for readers without the model
 	for page in known-model; do \

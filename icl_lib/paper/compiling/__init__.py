@@ -1,0 +1,13 @@
+"""Prompts compiled into weights on a language model that people know, compared with other ways to replace a prompt."""
+
+from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, padded, without_prompt
+from icl_lib.paper.compiling.comparison import (
+    METHODS,
+    Comparison,
+    chosen,
+    comparisons,
+    run_comparison,
+    summarise,
+    write_comparison,
+)
+from icl_lib.paper.compiling.tasks import TASKS, UNRELATED, FewShotSplit, FewShotTask

