@@ -172,11 +172,20 @@ def test_playground_follows_a_finger(browser: Browser, address: str, site: Path)
 
 def test_playground_shows_what_breaks_without_the_edit(playground: Locator):
     """The negative control: without ΔW the outputs differ by much more than rounding."""
-    switch = playground.get_by_role("switch")
+    switch, gap = playground.get_by_role("switch"), playground.locator(".icl-gap")
+    expect(gap).to_be_hidden()
     switch.uncheck()
     assert residual(playground) > 0.1
+    expect(gap).to_be_visible()
+    playground.page.emulate_media(reduced_motion="reduce")
     switch.check()
+    assert gap.is_hidden(), "the gap closes at once if motion is to be reduced"
     assert residual(playground) < EXACT
+    playground.page.emulate_media(reduced_motion="no-preference")
+    switch.uncheck()
+    switch.check()
+    assert residual(playground) < EXACT, "the numbers do not wait for the picture"
+    expect(gap).to_be_hidden()
 
 
 def test_playground_says_that_the_theorem_needs_a_nonzero_vector(playground: Locator, visit: Visit):

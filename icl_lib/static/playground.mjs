@@ -96,6 +96,12 @@ class Plane {
     const points = circle(72).map((v) => this.at(times(M, v)).map((x) => x.toFixed(1)).join(" "));
     node.setAttribute("d", `M${points.join("L")}Z`);
   }
+  /** A line through the origin, across the whole panel. */
+  setLine(node, v) {
+    const [x, y] = this.at(v.map((component) => component / (norm(v) || 1)));
+    const far = (2 * HALF) / this.unit;
+    node.setAttribute("d", `M${-far * x} ${-far * y}L${far * x} ${far * y}`);
+  }
   arrow(name) {
     const text = make("svg:text", { "aria-hidden": true });
     const [line, head] = [make("svg:path", { class: "icl-line" }), make("svg:path", { class: "icl-head" })];
@@ -196,6 +202,8 @@ function render({ model, el }) {
   const within = (v) => tidy(v.map((x) => (x * (reach - 0.15)) / Math.max(reach - 0.15, norm(v))));
   const unit = input.ellipse("icl-plain");
   const ellipses = [output.ellipse("icl-plain"), output.ellipse("icl-edited")];
+  const fixed = [input, output].map((plane) => [plane, plane.ellipse("icl-fixed")]);
+  const across = ([x, y]) => [-y, x]; // perpendicular
   const arrows = {
     delta: input.arrow("icl-delta"),
     a: input.arrow("icl-a"),
@@ -226,8 +234,8 @@ function render({ model, el }) {
   });
   const note = make("p", { class: "icl-note" });
   note.innerHTML =
-    "Dotted: the unit circle and its image under W. Green: its image under W + ΔW. The edit does not change the " +
-    "images of vectors perpendicular to a<sub>0</sub>.";
+    "Dotted: the unit circle and its image under W. Green: its image under W + ΔW. Dashed: the line perpendicular to " +
+    "a<sub>0</sub>, and its image. The edit does not move it.";
   const controls = make(
     "div", { class: "icl-controls" },
     make("label", { class: "icl-switch" }, toggle, " apply ΔW"), make("span", { class: "icl-presets" }, ...presets));
@@ -239,6 +247,40 @@ function render({ model, el }) {
     return (text, result) => (label(term, text, "sub"), (value.innerHTML = result), value);
   };
   const [goalRow, resultRow, residualRow] = ["icl-aC", "icl-new", "icl-residual"].map(row);
+
+  // The edit comes and goes within 400 ms: W + part ΔW, where part runs from 0 to 1 or back. It closes the gap.
+  const still = matchMedia("(prefers-reduced-motion: reduce)");
+  let [part, aim, frame] = [null, null, 0];
+  const shear = (seen, to) => {
+    if (part === null || still.matches || !seen.edit) {
+      cancelAnimationFrame(frame);
+      part = to;
+    }
+    if (aim !== to && part !== to) {
+      const [from, begin] = [part, performance.now()];
+      const step = (time) => {
+        const done = Math.min(1, Math.max(0, time - begin) / 400);
+        part = from + (to - from) * done;
+        drawEdited(evaluate(state()));
+        if (done < 1) frame = requestAnimationFrame(step);
+      };
+      cancelAnimationFrame(frame);
+      frame = requestAnimationFrame(step);
+    }
+    aim = to;
+    drawEdited(seen);
+  };
+  const drawEdited = (seen) => {
+    const mixed = seen.edit && state().W.map((row, i) => plus(row, seen.edit[i].map((x) => part * x)));
+    const tip = seen.edit && times(mixed, state().a);
+    ellipses[1].style.display = part ? "" : "none";
+    arrows.new.group.style.display = arrows.gap.group.style.display = "none";
+    if (part) {
+      output.setEllipse(ellipses[1], mixed);
+      output.setArrow(arrows.new, [0, 0], tip);
+    }
+    if (tip && norm(minus(seen.target, tip)) * output.unit > 1) output.setArrow(arrows.gap, tip, seen.target, "gap");
+  };
 
   const draw = () => {
     const now = state();
@@ -258,17 +300,11 @@ function render({ model, el }) {
     output.setEllipse(ellipses[0], W);
     el.classList.toggle("icl-off", !applied);
     el.classList.toggle("icl-undefined", !seen.edit);
-    ellipses[1].style.display = seen.edit && applied ? "" : "none";
-    if (seen.edit) output.setEllipse(ellipses[1], seen.edited);
+    fixed.forEach(([plane, node], i) => plane.setLine(node, i ? times(W, across(a)) : across(a)));
     const low = seen.without[1] < seen.target[1];
     output.setArrow(arrows.WaC, origin, seen.target, applied && seen.edit ? "W a_C = (W+ΔW) a₀" : "W a_C", !low);
     output.setArrow(arrows.Wa, origin, seen.without, "W a₀", low);
-    if (seen.edit && applied) output.setArrow(arrows.new, origin, seen.result);
-    else arrows.new.group.style.display = "none";
-    // What the edit closes: with the edit, nothing is left to draw.
-    if (seen.edit && norm(minus(seen.target, seen.result)) * output.unit > 1)
-      output.setArrow(arrows.gap, seen.without, seen.target, "gap");
-    else arrows.gap.group.style.display = "none";
+    shear(seen, applied && seen.edit ? 1 : 0);
 
     goalRow("W a_C", pair(seen.target));
     if (!seen.edit) {
