@@ -295,9 +295,9 @@ def compare_with_sgd(
 def lower_next(block: ContextualBlock, prompts: Prompts, learning_rate: float) -> dict[str, float]:
     """The share of steps that lower the loss of the next token, which is not known when the step is taken.
 
-    For ``reading``, the losses are those of ``Trajectory.linear_losses``. They are linear, so the step before lowers one
-    if and only if the two steps have a positive inner product. For ``SGD`` on the first linear map, the loss
-    is the squared error of the next example.
+    For ``reading``, the losses are those of ``Trajectory.linear_losses``. They are linear, so the step before lowers
+    one if and only if the two steps have a positive inner product. For ``SGD`` on the first linear map, the loss is the
+    squared error of the next example.
 
     >>> from icl_lib.paper.regression import sample_prompts
     >>> prompts = sample_prompts(count=4, examples=6, features=2, seed=0)

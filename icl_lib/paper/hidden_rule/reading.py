@@ -41,8 +41,8 @@ class ReadByExample:
 def read_by_example(model: nn.Module, prompts: Prompts) -> ReadByExample:
     """Follow the edits and the attention of a language model while a prompt grows by one example at a time.
 
-    The edit after $i$ examples replaces these examples for the query, as :func:`icl_lib.models.absorb.absorb` computes it. In the
-    blocks after the first, the vector that the edit divides by changes with the examples too.
+    The edit after $i$ examples replaces these examples for the query, as :func:`icl_lib.models.absorb.absorb` computes
+    it. In the blocks after the first, the vector that the edit divides by changes with the examples too.
 
     >>> from icl_lib.paper.hidden_rule import load_hidden_rule, sample_prompts
     >>> found = read_by_example(load_hidden_rule(dtype=torch.float64), sample_prompts(2, examples=3, seed=0))
