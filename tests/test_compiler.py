@@ -83,7 +83,7 @@ def test_the_edits_solve_the_normal_equations():
     """Against NumPy, with a row for each token of each query; a ridge relative to the distinct rows."""
     model, (prompt, queries) = shared("Llama"), task(3, 4, 2)
     queries[1] = torch.cat([queries[0][:2], queries[1]])  # two queries that begin alike
-    patch = compile_prompt(model, prompt, queries, ridge=0.3)
+    patch = compile_prompt(model, prompt, queries, ridge=0.3, last=3)
     reads = {}
 
     def read(inputs):
@@ -102,11 +102,12 @@ def test_the_edits_solve_the_normal_equations():
     assert len(distinct) == len(z_0) - 2 - 2  # two kept tokens and a beginning of two tokens occur again
     ridge = 0.3 * np.sort((distinct**2).sum(1))[(len(distinct) - 1) // 2]
     weight = model.model.layers[0].mlp.gate_proj.weight.numpy()
-    wanted = weight @ (z_c - z_0).T @ z_0 @ np.linalg.inv(z_0.T @ z_0 + ridge * np.eye(z_0.shape[1]))
+    counts = np.concatenate([[1.0] * len(query) + [3.0] for query in queries])[:, None]  # the last token counts thrice
+    gram = z_0.T @ (counts * z_0) + ridge * np.eye(z_0.shape[1])
+    wanted = weight @ (z_c - z_0).T @ (counts * z_0) @ np.linalg.inv(gram)
     found = patch.blocks[0].inner["mlp.gate_proj"].dense().numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
-    condition = np.linalg.cond(z_0.T @ z_0 + ridge * np.eye(z_0.shape[1])) ** 0.5
-    assert patch.fits[0].conditions["mlp.gate_proj"] <= condition * 1.001
+    assert patch.fits[0].conditions["mlp.gate_proj"] <= np.linalg.cond(gram) ** 0.5 * 1.001
 
 
 @pytest.mark.parametrize("name", ["Llama", *MIXTURES, *POST_NORM])
@@ -236,6 +237,7 @@ PROMPT, QUERIES = torch.arange(6), [torch.tensor([7, 8]), torch.tensor([9])]
         ({"ridge": -1.0}, r"ridge is -1\.0"),
         ({"ridge": float("nan")}, "ridge is nan"),
         ({"rank": 0}, "rank is 0"),
+        ({"last": 0.0}, r"last is 0\.0"),
         ({"start": 0}, "start is 0: give a whole number of at least 1"),
         ({"answers": [QUERIES[0]]}, "answers are 1 and queries 2"),
         ({"outer": "bias"}, "2 vectors|3 vectors|4 vectors"),

@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
     Attributes:
         tokens: their numbers among all tokens of the batch, ``[rows]``.
-        counts: in how many queries each occurs, ``[rows]``.
+        counts: how often each counts, ``[rows]``: in how many queries it occurs, the last tokens of queries more.
         of_token: for each token of the batch its row, or -1, ``[tokens]``.
     """
 

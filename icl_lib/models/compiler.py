@@ -132,6 +132,7 @@ def compile_prompt(
     rank: int | None = None,
     answers: Sequence[Tensor] | None = None,
     *,
+    last: int | float = 2.0,
     start: int | None = None,
     outer: str | None = None,
     progress: bool = False,
@@ -154,6 +155,8 @@ def compile_prompt(
         rank: the largest rank of an edit; None for the rank of the fit, at most the number of distinct tokens.
         answers: for each query the ids that follow it. They are calibration tokens too, so that the patch also serves
             what is written after a query.
+        last: how often the last token of each query counts, from which the answer is read; every other token counts
+            once. It changes nothing where the edits are exact.
         start: the position of a query's first token without the prompt. By default it is the length of the prompt, its
             own position. ``start=keep`` is for models that will count their positions themselves, as ``generate`` does.
         outer: as for :func:`icl_lib.models.absorb.absorb`; only ``down`` serves several tokens in most blocks.
@@ -182,6 +185,8 @@ def compile_prompt(
         whole.check(model, text)
     require_ridge(ridge)
     require_rank(rank)
+    if isinstance(last, bool) or not isinstance(last, int | float) or not 0 < last < float("inf"):
+        raise ValueError(f"last is {last!r}: give a positive number, how often a query's last token counts.")
     start = len(prompt) if start is None else start
     require_size("start", start, keep)
     anatomy = anatomy_of(model, torch.cat([prompt, texts[longest]]))
@@ -194,7 +199,8 @@ def compile_prompt(
     blocks, fits = [], []
     passes = 2 + len(list(_batches(len(texts), len(prompt) + len(texts[longest]))))
     with bar_over(len(placed), passes, progress) as bar, experts_one_by_one(model):
-        cached = _calibration(model, placed, whole, prompt, texts, start, bar.update)
+        ends = [len(query) - 1 for query in queries]
+        cached = _calibration(model, placed, whole, prompt, texts, ends, float(last), start, bar.update)
 
         def note(index: int, stream: Tensor, edits: BlockEdits) -> None:
             blocks.append(edits.patch())
@@ -295,13 +301,16 @@ def _calibration(
     whole: Prompt,
     prompt: Tensor,
     texts: Sequence[Tensor],
+    ends: Sequence[int],
+    last: float,
     start: int,
     visit: Callable[[], Any],
 ) -> CachedPrompt:
     """Return the bare call for all texts, padded on the right, and what the blocks read for them behind the prompt."""
     keep, width = whole.keep, max(map(len, texts))
     padded = torch.stack([torch.cat([text, text.new_zeros(width - len(text), *text.shape[1:])]) for text in texts])
-    rows = _rows([torch.cat([prompt[:keep], text]) for text in texts], keep + width)
+    whole_texts = [torch.cat([prompt[:keep], text]) for text in texts]
+    rows = _rows(whole_texts, [keep + end for end in ends], last, keep + width)
     owner, place = rows.tokens // (keep + width), rows.tokens % (keep + width) - keep
     kept, behind = _prompted(model, placed, whole, prompt, visit)
     parts = [kept] if keep else []
@@ -320,10 +329,13 @@ def _batches(texts: int, tokens: int) -> Iterator[slice]:
     return (slice(at, min(at + size, texts)) for at in range(0, texts, size))
 
 
-def _rows(texts: Sequence[Tensor], width: int) -> Rows:
-    """Number the distinct beginnings of texts that are padded to a width: a causal model reads the same for each."""
+def _rows(texts: Sequence[Tensor], ends: Sequence[int], last: float, width: int) -> Rows:
+    """Number the distinct beginnings of texts that are padded to a width: a causal model reads the same for each.
+
+    The token at the end of each query counts ``last`` times.
+    """
     tokens: list[int] = []
-    counts: list[int] = []
+    counts: list[float] = []
     known: dict[tuple[int, bytes], int] = {}
     of_token = torch.full((len(texts) * width,), -1)
     for number, text in enumerate(texts):
@@ -333,9 +345,9 @@ def _rows(texts: Sequence[Tensor], width: int) -> Rows:
             row = known.setdefault((row, _bytes(token)), len(tokens))
             if row == len(tokens):
                 tokens.append(at)
-                counts.append(0)
+                counts.append(0.0)
                 of_token[at] = row
-            counts[row] += 1
+            counts[row] += last if place == ends[number] else 1
     device = texts[0].device
     return Rows(*(one.to(device) for one in (torch.tensor(tokens), torch.tensor(counts), of_token)))
 
