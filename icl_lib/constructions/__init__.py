@@ -33,6 +33,7 @@ from icl_lib.constructions.key_query import (
     initial_strength,
     loss_on,
     merged_time_course,
+    pauses,
     plateau_losses,
 )
 from icl_lib.constructions.preconditioning import (
@@ -91,6 +92,7 @@ __all__ = [
     "one_layer_loss",
     "one_layer_optimum",
     "opposed_heads",
+    "pauses",
     "plateau_losses",
     "query_independent_update",
     "rates_loss",

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icl_lib.blocks.contextual import require_layer_prompt
@@ -244,3 +244,17 @@ def plateau_losses(covariance: Float[Tensor, "d d"], examples: int) -> Float[Ten
     total = values.sum()
     learned = values / (1 + (1 + total / values) / examples)
     return torch.cat([total[None], total - learned.cumsum(0)])
+
+
+def pauses(losses: Float[Tensor, " times"]) -> Int[Tensor, " pauses"]:
+    r"""Where a falling loss is slowest: the positions at which its speed has a local minimum.
+
+    A loss in rounding error of its end has more of them, so give the part before.
+
+    >>> pauses(torch.tensor([9.0, 6.0, 5.0, 4.9, 4.0, 2.0, 1.0]))
+    tensor([3])
+    """
+    require_float("losses", losses, 1, "[times]")
+    speed = losses[:-1] - losses[1:]
+    slowest = (speed[1:-1] < speed[:-2]) & (speed[1:-1] <= speed[2:])
+    return slowest.nonzero().flatten() + 2
