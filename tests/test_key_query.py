@@ -111,7 +111,7 @@ class TestMerged:
             path.append(state.prod() / 3**0.5)
         times = width * torch.arange(3001).double()
         np.testing.assert_allclose(merged_time_course(times, features, examples, strength), path, rtol=1e-9)
-        assert path[-1] == pytest.approx(one_layer_optimum(torch.eye(3).double(), examples)[0, 0].item(), rel=1e-3)
+        assert path[-1] == pytest.approx(one_layer_optimum(torch.eye(3).double(), examples)[0, 0].item(), rel=1e-2)
 
     def test_training_follows_it(self):
         white, examples = torch.eye(4).double(), 31
