@@ -132,6 +132,11 @@ COME_WITH = {
     "sphinxcontrib-bibtex": "jupyter-book",
     "docutils": "sphinx",
     "pybtex": "sphinxcontrib-bibtex",
+    "nbclient": "myst-nb",
+    "nbformat": "myst-nb",
+    "pyyaml": "myst-nb",
+    "ipykernel": "myst-nb",
+    "psutil": "ipykernel",
 }
 
 

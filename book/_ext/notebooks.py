@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import execution
-import jupytext
 import nbformat
 import yaml
 from bibliography import names
 from execution import ROOT
+from myst_nb.core.read import read_myst_markdown_notebook
 from pybtex.database import parse_file
 
 BOOK = ROOT / "book"
@@ -204,7 +204,7 @@ class Book:
     def notebook(self, page: str, values: Mapping[str, str]) -> nbformat.NotebookNode:
         """The notebook of a page. Each heading begins a cell, and a slide if the notebook is converted to slides."""
         cells = []
-        for cell in jupytext.reads(self.texts[page], fmt="md:myst").cells:
+        for cell in read_myst_markdown_notebook(self.texts[page]).cells:
             if cell.cell_type == "code":
                 made = nbformat.v4.new_code_cell(re.sub(r"^from myst_nb import glue$", GLUE, cell.source, flags=re.M))
                 if FOLDED & set(cell.metadata.get("tags", [])):
@@ -293,7 +293,7 @@ def main() -> None:
     execution.watch_kernels()
     book = Book(BOOK, pages((ROOT / "_toc.yml").read_text(encoding="utf-8")), installed=True)
     for page in book.notebooks:
-        read = jupytext.reads(book.texts[page], fmt="md:myst")
+        read = read_myst_markdown_notebook(book.texts[page])
         if any(cell.cell_type == "code" for cell in read.cells):
             NotebookClient(read, timeout=600, resources={"metadata": {"path": str(BOOK)}}).execute()
             took = execution.used(read.cells)
