@@ -15,6 +15,7 @@ from nbclient import NotebookClient
 from tabulate import tabulate
 
 MEMORY = 1024  # MiB; Binder gives one to two GB
+LARGER = {"known-model": 2048}  # it loads a language model that people know
 PAGES = notebooks.pages((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 BOOK = notebooks.Book(ROOT / "book", PAGES)
 
@@ -102,4 +103,4 @@ def test_every_chapter_fits_into_the_memory_of_binder(site):
             rows.append((path.stem, took["seconds"], took["peak_mib"]))
     print("\n" + tabulate(rows, headers=["chapter", "seconds", "peak memory, MiB"]))
     assert {name for name in PAGES if "{code-cell}" in BOOK.texts[name]} == {name for name, *_ in rows}
-    assert all(0 < peak < MEMORY for *_, peak in rows)
+    assert all(0 < peak < LARGER.get(name, MEMORY) for name, _, peak in rows)

@@ -160,6 +160,8 @@ class Book:
             cited = [self.citation(key.strip(), name == "cite:t") for key in given.split(",")]
             return " and ".join(cited) if name == "cite:t" else f"({'; '.join(cited)})"
         if name in ("ref", "prf:ref"):
+            if target not in self.titles:
+                raise ValueError(f"{{{name}}}`{given}` on the page {here}: no page has this label.")
             page, title = self.titles[target]
             return text or title if page == here else self.link(page, text or title)
         if name == "claim":  # a small link to the page of claims
@@ -247,11 +249,12 @@ def write_all(app: Any, exception: Exception | None) -> None:
     address = app.config.html_theme_options.get("repository_url")
     book = Book(BOOK, _built(app), f" @ git+{address}" if address else "")
     for page in book.notebooks:
-        executed = Path(app.outdir).parent / "jupyter_execute" / "book" / f"{page}.ipynb"
-        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"] if executed.exists() else []
+        kept = Path(app.outdir).parent / "jupyter_execute" / "book" / f"{page}.glue.json"  # as MyST-NB writes it
+        outputs = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        values = {name: value(output["data"]) for name, output in outputs.items() if "text/plain" in output["data"]}
         path = Path(app.outdir) / "_sources" / "book" / f"{page}.ipynb"
         path.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(book.notebook(page, glued(cells)), path)
+        nbformat.write(book.notebook(page, values), path)
 
 
 def _built(app: Any) -> list[str]:
