@@ -215,8 +215,8 @@ function render({ model, el }) {
   // --- The answers
   const columns = [["icl-aC", "with the examples"], ["icl-a", "without"], ["icl-new", "edited weights"]].map(
     ([name, title]) => {
-      const [read, list] = [make("p", { class: "icl-read" }), make("ol")];
-      return { node: make("div", { class: name }, make("h3", {}, title), read, list), read, list };
+      const [read, list] = [make("p", { class: "icl-read" }), make("ol", { "aria-label": title })];
+      return { node: make("div", { class: name }, make("p", {}, title), read, list), read, list };
     });
   const verdict = make("p", { class: "icl-verdict" });
   const actions = make("div", { class: "icl-presets" });
