@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from icl_lib import symbolic
 from icl_lib.constructions import (
     LinearHeads,
     LinearSelfAttention,
@@ -111,6 +112,11 @@ class TestMerged:
             path.append(state.prod() / 3**0.5)
         times = width * torch.arange(3001).double()
         np.testing.assert_allclose(merged_time_course(times, features, examples, strength), path, rtol=1e-9)
+        derived = symbolic.merged_time_course().lambdify()
+        sizes = np.array(float(features)), np.array(float(examples)), np.array(strength**0.5)
+        close(
+            merged_time_course(times[:5], features, examples, strength), [derived(t, *sizes) for t in times[:5].numpy()]
+        )
         assert path[-1] == pytest.approx(one_layer_optimum(torch.eye(3).double(), examples)[0, 0].item(), rel=1e-2)
 
     def test_training_follows_it(self):

@@ -39,7 +39,14 @@ derivations = pytest.mark.parametrize(
 
 
 # These divide by entries of a vector, by a matrix, or by the length of a multiple of the vector in the condition.
-OTHER_CONDITIONS = {"joint_weight_update", "one_layer_optimum", "scale_update", "turning_update", "alignment"}
+OTHER_CONDITIONS = {
+    "joint_weight_update",
+    "merged_time_course",
+    "one_layer_optimum",
+    "scale_update",
+    "turning_update",
+    "alignment",
+}
 
 # The transpose of these results is the same matrix.
 SYMMETRIC = {"one_layer_optimum"}

@@ -186,7 +186,7 @@ def merged_time_course(
 
     for the gradient flow of half the expected squared error, with $x \sim N(0, I)$ and $w^2$ the strength of the first
     weights (:func:`initial_strength`). Source: Zhang et al. (arXiv 2501.16265, version 2), with their time constant
-    $\tau = 1$.
+    $\tau = 1$. Derived in :func:`icl_lib.symbolic.merged_time_course`.
 
     Shapes: ``times`` and the result ``[times]``. Raises `ValueError` for a size that is not a positive whole number, or
     a strength that is not positive.

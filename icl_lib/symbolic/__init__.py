@@ -38,6 +38,7 @@ Attention that is gradient descent by construction:
 
 - :func:`gradient_descent_attention`: linear attention that makes a step on the regression in its context
 - :func:`one_layer_optimum`: the layer with the least expected error
+- :func:`merged_time_course`: how heads with merged keys and queries learn
 - :func:`query_independent_update`: the one edit that replaces a prompt of linear attention for every query
 - :func:`debiased_descent`: two heads of softmax attention with opposite signs, to first order
 
@@ -63,6 +64,7 @@ from icl_lib.symbolic.gradient_descent_attention import gradient_descent_attenti
 from icl_lib.symbolic.hidden_permutation import hidden_permutation
 from icl_lib.symbolic.joint_weight_update import joint_weight_update
 from icl_lib.symbolic.linear_losses import linear_losses
+from icl_lib.symbolic.merged_time_course import merged_time_course
 from icl_lib.symbolic.normalised_lms import normalised_lms
 from icl_lib.symbolic.normalised_lms_heads import normalised_lms_heads
 from icl_lib.symbolic.one_layer_optimum import one_layer_optimum
@@ -96,6 +98,7 @@ __all__ = [
     "hidden_permutation",
     "joint_weight_update",
     "linear_losses",
+    "merged_time_course",
     "normalised_lms",
     "normalised_lms_heads",
     "one_layer_optimum",

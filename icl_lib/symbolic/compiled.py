@@ -67,7 +67,7 @@ def evaluate(expression: Any, values: Mapping[Any, Any], module: Any) -> Any:
     array([[0.5],
            [0. ]])
     """
-    like = next(array for symbol, array in values.items() if getattr(symbol, "is_Matrix", False))
+    like = next((array for symbol, array in values.items() if getattr(symbol, "is_Matrix", False)), None)
     sizes = {
         size: length
         for symbol, array in values.items()
