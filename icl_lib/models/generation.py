@@ -14,7 +14,7 @@ from icl_lib.models.absorb import anatomy_of, outer_of
 from icl_lib.models.activations import CachedPrompt, with_context
 from icl_lib.models.anatomy import sites
 from icl_lib.models.passes import without_context
-from icl_lib.models.prompt import experts_one_by_one
+from icl_lib.models.prompt import accepted, experts_one_by_one
 from icl_lib.models.tokens import Tokens, cache_name, new_cache
 from icl_lib.validation import require_size
 
@@ -68,7 +68,7 @@ def greedy_agreement(
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids is a {type(input_ids).__name__}: give a tensor of token ids [*batch, n].")
     require_size("max_new_tokens", max_new_tokens)
-    if _cache_name(model) not in accepted(model):
+    if cache_name(model) not in accepted(model):
         raise ValueError(
             f"the forward pass of {type(model).__name__} takes no key-value cache, in which the earlier text is kept: "
             "give a model of Hugging Face with past_key_values."
