@@ -1,10 +1,12 @@
 """The build: what makes it fail, and the pages of a small book."""
 
+import json
 import re
 import shutil
 import struct
 from pathlib import Path
 
+import execution
 import pytest
 from conftest import BUILD, ROOT, build_book
 
@@ -54,7 +56,20 @@ def test_a_cell_that_fails_fails_the_build(tmp_path, cell, complaint):
         assert complaint in output
     if complaint == "ZeroDivisionError":  # the last that is printed
         assert output.rstrip().endswith("ZeroDivisionError: division by zero")
-        assert "book/page.md: a cell failed." in output[-2000:]
+        assert "book/page: a cell failed." in output[-2000:]
+
+
+def test_the_cache_is_used_and_keeps_what_was_measured(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    for text, executed in (("", True), ("\nA sentence.\n", False)):
+        (folder / "book" / "page.md").write_text(PAGE % "print('fine')" + text)
+        status, output = build_book(folder)
+        assert status == 0, output[-3000:]
+        assert ("Executing notebook" in output) == executed
+        took = json.loads((folder / "_build" / execution.TOOK).read_text(encoding="utf-8"))["book/page"]
+        assert took["seconds"] > 0
+        assert took["peak_mib"] > 10
 
 
 def test_a_broken_formula_fails_the_build(tmp_path, site):

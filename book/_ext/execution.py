@@ -13,9 +13,11 @@ from __future__ import annotations
 import ast
 import atexit
 import hashlib
+import json
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -28,6 +30,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 ROOT = Path(__file__).resolve().parents[2]
+TOOK = "took.json"
+"""The seconds and the memory that each page took when it ran, by page."""
 
 
 def installed_versions(requirements: str) -> list[str]:
@@ -83,11 +87,11 @@ def peak_memory(process: int) -> float:
     return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
 
 
-def watch_kernels(page: Callable[[], str] = lambda: "the notebook") -> None:
+def watch_kernels(page: Callable[[], str], note: Callable[[str, dict[str, float]], Any]) -> None:
     """Watch each kernel that a notebook runs on; ``page()`` names the notebook that runs.
 
-    The last code cell keeps the seconds and the memory in its metadata, because the cache keeps those of cells. If a
-    cell fails, its traceback is printed when this process ends.
+    At the end ``note(page, took)`` is called with its ``seconds`` and its ``peak_mib``. If a cell fails, its traceback
+    is printed when this process ends.
     """
     run_cell, clean_up = NotebookClient.async_execute_cell, NotebookClient._async_cleanup_kernel
 
@@ -100,24 +104,17 @@ def watch_kernels(page: Callable[[], str] = lambda: "the notebook") -> None:
 
     async def note_and_clean_up(client: NotebookClient) -> None:
         process = getattr(getattr(client.km, "provisioner", None), "pid", None)
-        code = [cell for cell in client.nb.cells if cell.cell_type == "code"]
-        if process and code and psutil.pid_exists(process):
+        if process and psutil.pid_exists(process):
             seconds = time.time() - psutil.Process(process).create_time()
-            code[-1].metadata["icl_lib"] = {"seconds": round(seconds, 1), "peak_mib": round(peak_memory(process))}
+            note(page(), {"seconds": round(seconds, 1), "peak_mib": round(peak_memory(process))})
         await clean_up(client)
 
     NotebookClient.async_execute_cell, NotebookClient._async_cleanup_kernel = run_and_tell, note_and_clean_up
 
 
-def used(cells: Iterable[Any]) -> dict[str, float] | None:
-    """The ``seconds`` and ``peak_mib`` that :func:`watch_kernels` noted in a notebook, or None."""
-    return next((cell["metadata"]["icl_lib"] for cell in cells if "icl_lib" in cell["metadata"]), None)
-
-
 def prepare(app: Any, config: Any) -> None:
     """Set the environment variables of the kernels, and choose the cache."""
     use_this_checkout()
-    watch_kernels(lambda: app.env.doc2path(app.env.docname, base=False))
     os.environ["ICL_LIB_BOOK_BUILD"] = "1"
     if config.nb_execution_mode == "cache":
         requirements = ROOT / "requirements.txt"
@@ -125,6 +122,22 @@ def prepare(app: Any, config: Any) -> None:
         versions = [f"python=={platform.python_version()}", *installed_versions(listed)]
         key = cache_key([ROOT / "icl_lib", ROOT / "book" / "data"], versions)
         config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
+    folder = Path(config.nb_execution_cache_path or Path(app.outdir).parent)
+    watch_kernels(lambda: app.env.docname, lambda *took: remember(folder / TOOK, *took))
+    app.connect("build-finished", lambda app, _: offer_measurements(folder / TOOK, Path(app.outdir).parent / TOOK))
+
+
+def remember(file: Path, page: str, took: dict[str, float]) -> None:
+    """Keep what a page took in a file beside the cache, so that a page from the cache keeps it."""
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**known, page: took}, indent=2), encoding="utf-8")
+
+
+def offer_measurements(kept: Path, file: Path) -> None:
+    """Copy what the pages of this state of the library took to a place that is the same for all states."""
+    if kept.exists() and kept != file:
+        shutil.copyfile(kept, file)
 
 
 def setup(app: Any) -> dict[str, Any]:

@@ -292,15 +292,15 @@ def main() -> None:
     """Run every chapter and write its notebook beside it; print the seconds and the memory of each."""
     from nbclient import NotebookClient
 
+    took: dict[str, dict[str, float]] = {}
     execution.use_this_checkout()
-    execution.watch_kernels()
+    execution.watch_kernels(lambda: page, took.__setitem__)
     book = Book(BOOK, pages((ROOT / "_toc.yml").read_text(encoding="utf-8")), installed=True)
     for page in book.notebooks:
         read = read_myst_markdown_notebook(book.texts[page])
         if any(cell.cell_type == "code" for cell in read.cells):
             NotebookClient(read, timeout=600, resources={"metadata": {"path": str(BOOK)}}).execute()
-            took = execution.used(read.cells)
-            print(f"{page}: {took['seconds']:.0f} s, {took['peak_mib']} MiB", flush=True)
+            print(f"{page}: {took[page]['seconds']:.0f} s, {took[page]['peak_mib']} MiB", flush=True)
         nbformat.write(book.notebook(page, glued(read.cells)), BOOK / f"{page}.ipynb")
 
 
