@@ -116,6 +116,20 @@ def test_runs_are_stored_and_summarised(tiny, tmp_path):
     assert np.isfinite(compiled["kl"][0])
 
 
+def test_a_system_prompt_is_compiled_with_the_replies(tiny):
+    one = Comparison(task="pirate", queries=16, keep=1, held_out=3)
+    ours, bare = (run_comparison(replace(one, method=method)) for method in ("compiled", "bare"))
+    assert ours["prompted"] == [1.0] * 3  # right is what the prompted model itself writes
+    assert len(ours["kl"]) == 3
+    assert np.mean(ours["kl"]) < np.mean(bare["kl"])
+    assert run_comparison(replace(one, method="distilled", steps=1, rate=1e-3))["kl"] != bare["kl"]
+    asked = comparison._asked("SmolLM2", "pirate", 1, 3)
+    answers = behind_prompt(toy(torch.float32), asked.prompt, asked.held_out, asked.last)
+    assert torch.equal(answers.argmax(-1), asked.right)
+    [run] = summarise([{"settings": asdict(one), "result": ours}])
+    assert chosen([run], "system prompts", queries=16, keep=1, held_out=3) is run
+
+
 def test_a_wrong_setting_is_named():
     for name in ("method", "task", "of"):
         with pytest.raises(ValueError, match=f"{name} is 'guess': choose one of"):
@@ -151,5 +165,5 @@ def test_the_pictures_say_what_they_show():
 def test_a_run_is_chosen_by_what_differs_from_the_default():
     runs = summarise([record("capitals", 1, [1, 0], [1, 1])])
     assert chosen(runs) is runs[0]
-    with pytest.raises(ValueError, match=r"settings are {'queries': 3}: no run has these"):
+    with pytest.raises(ValueError, match=r"settings are {'queries': 3}: no run of the kind"):
         chosen(runs, queries=3)

@@ -1,6 +1,6 @@
 """Prompts compiled into weights on a language model that people know, compared with other ways to replace a prompt."""
 
-from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, padded, without_prompt
+from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, padded, replies, without_prompt
 from icl_lib.paper.compiling.comparison import (
     METHODS,
     Comparison,
@@ -10,4 +10,4 @@ from icl_lib.paper.compiling.comparison import (
     summarise,
     write_comparison,
 )
-from icl_lib.paper.compiling.tasks import TASKS, UNRELATED, FewShotSplit, FewShotTask
+from icl_lib.paper.compiling.tasks import MESSAGES, SYSTEM_PROMPTS, TASKS, UNRELATED, FewShotSplit, FewShotTask

@@ -34,8 +34,8 @@ def padded(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([len(text) for text in texts])
 
 
-def behind_prompt(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor]) -> Tensor:
-    """The logits at the last token of each query behind the prompt, ``[queries, vocabulary]``."""
+def behind_prompt(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor], last: int = 1) -> Tensor:
+    """The logits at the ``last`` tokens of each query behind the prompt, ``[queries · last, vocabulary]``."""
     ids, lengths = padded(queries)
     cache, name = new_cache(model), cache_name(model)
     with torch.no_grad():
@@ -43,15 +43,29 @@ def behind_prompt(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor]) -
         cache.batch_repeat_interleave(len(ids))
         positions = torch.arange(len(prompt), len(prompt) + ids.shape[1]).expand(ids.shape)
         logits = model(input_ids=ids, position_ids=positions, use_cache=True, **{name: cache}).logits
-    return logits[torch.arange(len(ids)), lengths - 1]
+    return _at_the_end(logits, lengths, last)
 
 
-def without_prompt(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor], keep: int) -> Tensor:
+def _at_the_end(logits: Tensor, lengths: Tensor, last: int) -> Tensor:
+    places = lengths[:, None] + torch.arange(-last, 0)
+    return logits[torch.arange(len(logits))[:, None], places].flatten(0, 1)
+
+
+def without_prompt(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor], keep: int, last: int = 1) -> Tensor:
     """The same without the prompt: behind its first ``keep`` tokens alone, at the positions behind the prompt."""
     ids, lengths = padded([torch.cat([prompt[:keep], query]) for query in queries])
     positions = torch.tensor([*range(keep), *range(len(prompt), len(prompt) + ids.shape[1] - keep)])
     logits = model(**behind_kept(ids, positions), use_cache=False).logits
-    return logits[torch.arange(len(ids)), lengths - 1]
+    return _at_the_end(logits, lengths, last)
+
+
+def replies(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor], length: int) -> list[Tensor]:
+    """The tokens that the model writes after each query behind the prompt, the likeliest each time, ``[length]``."""
+    texts = list(queries)
+    for _ in range(length):
+        written = behind_prompt(model, prompt, texts).argmax(-1)
+        texts = [torch.cat([text, token[None]]) for text, token in zip(texts, written, strict=True)]
+    return [text[-length:] for text in texts]
 
 
 def _outputs(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Tensor]) -> list[Tensor]:
@@ -121,16 +135,17 @@ def distilled(
     seed: int = 0,
     rank: int = 16,
     batch: int = 8,
+    last: int = 1,
 ) -> Iterator[nn.Module]:
     """Train an adapter of all maps of the MLPs until the model answers without the prompt as it answers with it.
 
-    Context distillation: Adam on the divergence of the answers' distributions at the last token of each query. The
+    Context distillation: Adam on the divergence of the answers' distributions at the ``last`` tokens of each query. The
     queries are those that a prompt is compiled on, drawn again and again; no answer is given.
     """
     with extra("llm"):
         import peft
     anatomy = anatomy_of(model)
-    target = behind_prompt(model, prompt, queries).log_softmax(-1)
+    target = behind_prompt(model, prompt, queries, last).log_softmax(-1).unflatten(0, (-1, last))
     names = sorted({path.rsplit(".", 1)[-1] for path in (*anatomy.inner, anatomy.outer)})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a name that PEFT uses
@@ -142,8 +157,10 @@ def distilled(
     with torch.enable_grad():
         for _ in range(steps):
             chosen = torch.randperm(len(queries), generator=drawn)[:batch].tolist()
-            answer = without_prompt(student, prompt, [queries[number] for number in chosen], keep).log_softmax(-1)
-            loss = nn.functional.kl_div(answer, target[chosen], reduction="batchmean", log_target=True)
+            texts = [queries[number] for number in chosen]
+            answer = without_prompt(student, prompt, texts, keep, last).log_softmax(-1)
+            wanted = target[chosen].flatten(0, 1)
+            loss = nn.functional.kl_div(answer, wanted, reduction="batchmean", log_target=True)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -1,7 +1,8 @@
 """Prompts compiled into weights beside other ways to replace them: held-out questions of few-shot tasks.
 
 One run is one task, one seed (which draws the examples and the questions) and one method. A question counts as right
-if the likeliest next token is the first of its answer.
+if the likeliest next token is the first of its answer. With a system prompt a question is a message, and right are the
+tokens that the prompted model itself writes after it: there the accuracy is a share of equal tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,8 +24,8 @@ from torch import Tensor, nn
 
 from icl_lib.models.compiler import compile_prompt
 from icl_lib.models.tokens import behind_kept
-from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, without_prompt
-from icl_lib.paper.compiling.tasks import TASKS, UNRELATED
+from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, replies, without_prompt
+from icl_lib.paper.compiling.tasks import MESSAGES, SYSTEM_PROMPTS, TASKS, UNRELATED
 from icl_lib.paper.sweep import Checkpoint, sweep
 from icl_lib.pretrained import smollm2
 
@@ -41,7 +43,7 @@ class Comparison:
     """One run.
 
     Attributes:
-        task: of :data:`icl_lib.paper.compiling.tasks.TASKS`.
+        task: of :data:`icl_lib.paper.compiling.tasks.TASKS`, or the name of a system prompt.
         seed: draws the examples and the questions.
         method: of ``METHODS``.
         queries: calibration questions, $m$.
@@ -71,13 +73,30 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """A prompt and its questions as token ids, and how the prompted model answers the held-out ones."""
+    """A prompt and its questions as token ids, and how the prompted model answers the held-out ones.
+
+    ``answers`` are what follows the calibration questions, if it is calibrated on too. The held-out texts are asked at
+    their ``last`` tokens, so ``right`` and ``wanted`` have one row for each of these.
+    """
 
     prompt: Tensor
     calibration: list[Tensor]
+    answers: list[Tensor] | None
     held_out: list[Tensor]
+    last: int
     right: Tensor
     wanted: Tensor
+
+    def texts(self, count: int) -> list[Tensor]:
+        """Calibration questions, with what follows them but for its last token: there nothing is asked."""
+        if self.answers is None:
+            return self.calibration[:count]
+        both = list(zip(self.calibration, self.answers, strict=True))[:count]
+        return [torch.cat([question, answer[:-1]]) for question, answer in both]
+
+
+REPLY, CALIBRATED = 12, 16
+"""The number of tokens of a reply to a message, and of messages to calibrate on."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -93,25 +112,41 @@ def _model(name: str) -> tuple[nn.Module, Any]:
 @functools.lru_cache(maxsize=2)
 def _asked(model: str, task: str, seed: int, held_out: int) -> _Asked:
     found, tokenizer = _model(model)
-    split = TASKS[task].split(seed, held_out=held_out)
 
     def ids(text: str) -> Tensor:
         return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    prompt = torch.cat([ids("<|endoftext|>"), ids("\n"), ids(split.prompt)])
-    calibration, held = ([ids(text) for text in texts] for texts in (split.calibration, split.held_out))
-    right = torch.stack([ids(answer)[0] for answer in split.answers])
-    return _Asked(prompt, calibration, held, right, behind_prompt(found, prompt, held).log_softmax(-1))
+    if task in SYSTEM_PROMPTS:
+        prompt = ids(f"<|im_start|>system\n{SYSTEM_PROMPTS[task]}<|im_end|>\n")
+        drawn = random.Random(seed).sample(MESSAGES, CALIBRATED + held_out)
+        asked = [ids(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in drawn]
+        written = replies(found, prompt, asked, REPLY)
+        held = [torch.cat([ask, reply[:-1]]) for ask, reply in zip(asked, written, strict=True)][CALIBRATED:]
+        calibration, answers, right = asked[:CALIBRATED], written[:CALIBRATED], torch.cat(written[CALIBRATED:])
+    else:
+        split = TASKS[task].split(seed, held_out=held_out)
+        prompt = torch.cat([ids("<|endoftext|>"), ids("\n"), ids(split.prompt)])
+        calibration, held = ([ids(text) for text in texts] for texts in (split.calibration, split.held_out))
+        answers, right = None, torch.stack([ids(answer)[0] for answer in split.answers])
+    last = len(right) // held_out
+    wanted = behind_prompt(found, prompt, held, last).log_softmax(-1)
+    return _Asked(prompt, calibration, answers, held, last, right, wanted)
 
 
 @contextlib.contextmanager
 def _edited(model: nn.Module, seen: _Asked, settings: Comparison, told: dict[str, Any]) -> Iterator[nn.Module]:
     """Give the model with what replaces the prompt, and note what it costs to find."""
-    queries, began = seen.calibration[: settings.queries], time.process_time()
+    texts, began = seen.texts(settings.queries), time.process_time()
     with contextlib.ExitStack() as stack:
         if settings.method == "compiled":
             patch = compile_prompt(
-                model, seen.prompt, queries, keep=settings.keep, ridge=settings.ridge, rank=settings.rank
+                model,
+                seen.prompt,
+                seen.calibration[: settings.queries],
+                keep=settings.keep,
+                ridge=settings.ridge,
+                rank=settings.rank,
+                answers=seen.answers and seen.answers[: settings.queries],
             )
             stack.enter_context(patch.applied(model))
             told["numbers"] = sum(
@@ -119,10 +154,19 @@ def _edited(model: nn.Module, seen: _Asked, settings: Comparison, told: dict[str
             )
         elif settings.method in ("vector", "last maps"):
             ridge = settings.ridge if settings.method == "last maps" else None
-            stack.enter_context(corrected(model, seen.prompt, queries, settings.keep, ridge))
+            stack.enter_context(corrected(model, seen.prompt, texts, settings.keep, ridge))
         elif settings.method == "distilled":
             model = stack.enter_context(
-                distilled(model, seen.prompt, queries, settings.keep, settings.steps, settings.rate, seed=settings.seed)
+                distilled(
+                    model,
+                    seen.prompt,
+                    texts,
+                    settings.keep,
+                    settings.steps,
+                    settings.rate,
+                    seed=settings.seed,
+                    last=seen.last,
+                )
             )
             told["numbers"] = sum(part.numel() for name, part in model.named_parameters() if "lora_" in name)
         told["seconds"] = time.process_time() - began
@@ -134,29 +178,38 @@ def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -
 
     Returns lists over the questions: ``right`` and ``prompted`` (whether the edited and the prompted model answer
     rightly), ``agree`` (whether their likeliest tokens are the same) and ``kl`` (the divergence of their
-    distributions, in nats). Then ``harm``, the mean loss of unrelated texts in nats a token, ``seconds`` of processor
-    time until the edits are found, and ``numbers``, how many an adapter stores.
+    distributions, in nats); of a reply, the means over its tokens. Then ``harm``, the mean loss of unrelated texts in
+    nats a token, ``seconds`` of processor time until the edits are found, ``numbers``, how many an adapter stores, and
+    ``prompt_tokens``.
     """
-    for name, known in (("method", METHODS), ("task", TASKS), ("of", ("this task", "another task"))):
+    for name, known in (
+        ("method", METHODS),
+        ("task", (*TASKS, *SYSTEM_PROMPTS)),
+        ("of", ("this task", "another task")),
+    ):
         if getattr(settings, name) not in known:
             raise ValueError(f"{name} is {getattr(settings, name)!r}: choose one of {', '.join(known)}.")
     model, tokenizer = _model(settings.model)
     asked = _asked(settings.model, settings.task, settings.seed, settings.held_out)
-    names, seen = list(TASKS), asked
+    names, seen = list(SYSTEM_PROMPTS if settings.task in SYSTEM_PROMPTS else TASKS), asked
     if settings.of == "another task":
         other = names[(names.index(settings.task) + 1) % len(names)]
         seen = _asked(settings.model, other, settings.seed, settings.held_out)
     told: dict[str, Any] = {"numbers": 0}
     with torch.no_grad(), _edited(model, seen, settings, told) as edited:
-        answers = without_prompt(edited, seen.prompt, asked.held_out, settings.keep).log_softmax(-1)
+        answers = without_prompt(edited, seen.prompt, asked.held_out, settings.keep, asked.last).log_softmax(-1)
         told["harm"] = _loss(edited, tokenizer)
-    wanted, best = asked.wanted, asked.wanted.argmax(-1)
+    wanted, best, guess = asked.wanted, asked.wanted.argmax(-1), answers.argmax(-1)
     divergence = (wanted.exp() * (wanted - answers)).sum(-1)
+
+    def of_question(values: Tensor) -> list[float]:
+        return [round(value, 5) for value in values.float().reshape(-1, asked.last).mean(1).tolist()]
+
     return {
-        "right": (answers.argmax(-1) == asked.right).int().tolist(),
-        "prompted": (best == asked.right).int().tolist(),
-        "agree": (answers.argmax(-1) == best).int().tolist(),
-        "kl": [round(value, 5) for value in divergence.tolist()],
+        "right": of_question(guess == asked.right),
+        "prompted": of_question(best == asked.right),
+        "agree": of_question(guess == best),
+        "kl": of_question(divergence),
         "prompt_tokens": len(seen.prompt),
         **told,
     }
@@ -179,8 +232,10 @@ STEPS = (10, 30, 100)
 def comparisons(tasks: Sequence[str] = tuple(TASKS), seeds: Sequence[int] = (1, 2, 3)) -> list[Comparison]:
     """Return the settings of all runs: the main ones for every task and seed, the others for two tasks and one seed.
 
+    System prompts have one seed.
+
     >>> len(comparisons(["capitals", "French", "plurals"], [1, 2]))
-    84
+    102
     """
     one = Comparison()
     main = [
@@ -202,7 +257,21 @@ def comparisons(tasks: Sequence[str] = tuple(TASKS), seeds: Sequence[int] = (1, 
         replace(one, model="random", method="bare"),
         replace(one, model="random"),
     ]
-    groups = [(main, tasks, seeds[:1]), (more, tasks[:2], seeds[:1]), (main, tasks, seeds[1:])]
+    chat = replace(one, queries=CALIBRATED, keep=1)
+    chats = [
+        chat,
+        replace(chat, method="bare"),
+        replace(chat, queries=4),
+        replace(chat, queries=1, ridge=0.0),
+        replace(chat, of="another task"),
+        replace(chat, method="vector"),
+    ]
+    groups = [
+        (main, tasks, seeds[:1]),
+        (chats, tuple(SYSTEM_PROMPTS), seeds[:1]),
+        (more, tasks[:2], seeds[:1]),
+        (main, tasks, seeds[1:]),
+    ]
     return [
         replace(settings, task=task, seed=seed)
         for group, of_tasks, of_seeds in groups
@@ -212,26 +281,28 @@ def comparisons(tasks: Sequence[str] = tuple(TASKS), seeds: Sequence[int] = (1, 
     ]
 
 
-RATES, TUNED_ON = (3e-4, 1e-3, 3e-3), Comparison("plurals", seed=0, method="distilled", steps=30)
+RATES, TUNED_ON = (1e-3, 3e-3, 1e-2), Comparison("plurals", seed=0, method="distilled", steps=30)
 """The rates of the distillation that are tried, and the run in which: its task and seed are not reported."""
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one dict for each setting of the method, over all its tasks and seeds.
 
-    It has the ``settings``, the numbers of ``tasks`` and ``seeds``, and over all questions ``accuracy``, ``agreement``
-    and ``kl``: the mean and the ends of its 95 % bootstrap interval, which draws runs, then their questions. Then the
-    ``prompted`` model's accuracy, the ``share`` of it that is kept, ``worst``, the accuracy lost in the worst run, the
-    means of ``harm`` and of ``numbers``, the median of ``seconds``, and ``by_task`` with the task's own means.
+    It has the ``kind`` (``few-shot`` or ``system prompts``), the ``settings``, the numbers of ``tasks`` and ``seeds``,
+    and over all questions ``accuracy``, ``agreement`` and ``kl``: the mean and the ends of its 95 % bootstrap interval,
+    which draws runs, then their questions. Then the ``prompted`` model's accuracy, the ``share`` of it that is kept,
+    ``worst``, the accuracy lost in the worst run, the means of ``harm`` and of ``numbers``, the median of ``seconds``,
+    and ``by_task`` with the task's own means.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         settings = {name: value for name, value in record["settings"].items() if name not in ("task", "seed")}
-        groups[json.dumps(settings)].append(record)
-    return [_summary(json.loads(key), group) for key, group in groups.items()]
+        kind = "system prompts" if record["settings"]["task"] in SYSTEM_PROMPTS else "few-shot"
+        groups[json.dumps([kind, settings])].append(record)
+    return [_summary(*json.loads(key), group) for key, group in groups.items()]
 
 
-def _summary(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(kind: str, settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     values = {name: np.array([record["result"][name] for record in records]) for name in _LISTS}
     by_task: dict[str, dict[str, float]] = {}
     for task in dict.fromkeys(record["settings"]["task"] for record in records):
@@ -243,6 +314,7 @@ def _summary(settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[st
         by_task[task]["low"], by_task[task]["high"] = accuracy[1:]
     lost = values["prompted"].mean(1) - values["right"].mean(1)
     return {
+        "kind": kind,
         "settings": settings,
         "tasks": len(by_task),
         "seeds": sorted({record["settings"]["seed"] for record in records}),
@@ -273,13 +345,17 @@ def _rounded(value: Any) -> float:
     return float(f"{value:.4g}")
 
 
-def chosen(runs: Sequence[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+def chosen(runs: Sequence[dict[str, Any]], kind: str = "few-shot", **settings: Any) -> dict[str, Any]:
     """Return the run of :func:`summarise` with these settings and otherwise the default ones; a rate may be any."""
     wanted = {**asdict(Comparison()), **settings}
     for run in runs:
-        if all(value == wanted[name] for name, value in run["settings"].items() if name != "rate"):
+        if run["kind"] == kind and all(
+            value == wanted[name] for name, value in run["settings"].items() if name != "rate"
+        ):
             return run
-    raise ValueError(f"settings are {settings}: no run has these; see icl_lib.paper.compiling.comparisons.")
+    raise ValueError(
+        f"settings are {settings}: no run of the kind {kind!r} has these; see icl_lib.paper.compiling.comparisons."
+    )
 
 
 def write_comparison(

@@ -179,9 +179,9 @@ class FewShotTask:
 
         >>> split = TASKS["opposites"].split(seed=0, examples=2)
         >>> print(split.prompt + split.calibration[0], len(split.calibration), len(split.held_out))
-        save -> spend
-        hard -> soft
-        expand -> 64 40
+        lazy -> diligent
+        major -> minor
+        arrive -> 64 40
         """
         for name, size in (("examples", examples), ("calibration", calibration), ("held_out", held_out)):
             require_size(name, size)
@@ -230,6 +230,31 @@ TASKS: dict[str, FewShotTask] = {
     )
 }
 """The six tasks by name; each has more than 116 pairs."""
+
+SYSTEM_PROMPTS: dict[str, str] = {
+    "pirate": "You are a pirate. You answer every question in the words of a pirate, and you are proud of your ship.",
+    "in French": "You are a teacher of French. You answer every question in French, in one or two short sentences.",
+    "as JSON": 'You are a program. You answer every question with JSON, as {"answer": "..."}, without other words.',
+}
+"""The system prompts by name."""
+
+_MESSAGES = """
+What is the largest ocean?/How do I boil an egg?/Why is the sky blue?/Who wrote Hamlet?/What is a verb?
+How many legs has a spider?/Tell me about the moon./What should I eat tonight?/How far away is the sun?/What is a poem?
+What is seven times eight?/Name three colours./Where do penguins live?/How do birds fly?/What is a good name for a cat?
+Why do leaves fall?/What does a doctor do?/What is gold used for?/Is a whale a fish?/Which month has the fewest days?
+How can I sleep better?/What is the capital of Peru?/Why do we dream?/Who painted the Mona Lisa?
+What is a volcano?/How old is the Earth?/Give me a word for happy./What do cows eat?/How do I tie a knot?/What is music?
+Why is the sea salty?/What is a triangle?/Who was Napoleon?/How do I clean a window?/What makes bread rise?
+Where does rain come from?/What is the fastest animal?/How do I learn to swim?/Which planet is the hottest?
+How do plants drink?/How does a bicycle work?/What is a library for?/Why do cats purr?/Tell me a short story.
+What is a magnet?/Who invented the telephone?/What is ten minus four?/How do bees make honey?/What is a desert?
+How do I plant a tree?/Why do we laugh?/How do I write a letter?/What is the opposite of hot?
+Where is the Eiffel Tower?/How long is a year?
+What is glass made of?/How do I greet a king?/Why is grass green?/Name a large city./How do I make tea?
+"""
+MESSAGES: tuple[str, ...] = tuple(_MESSAGES.strip().replace("\n", "/").split("/"))
+"""Sixty messages to a model with a system prompt."""
 
 UNRELATED: tuple[str, ...] = (
     "The harbour was quiet when the first boats came in. Men in heavy coats carried crates of fish up the stone "
