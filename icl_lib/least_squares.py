@@ -80,6 +80,8 @@ def least_squares_edit(
     the matrices of at most this rank (reduced-rank regression): the edit followed by the projection on the main
     directions of what it adds.
 
+    Derived in :func:`icl_lib.symbolic.least_squares_edit` for $c_k = 1$.
+
     Shapes: ``reads`` ($r_k$, the columns of $R$) ``[m, in]``, ``changes`` ($\Delta h_k$) ``[m, out]``, ``counts``
     ``[m]``. The result has rank at most $\min(m, \text{in})$. Raises `ValueError` for shapes, dtypes or devices that do
     not match, for values that are not finite, for a negative ridge or count, and for a rank below one.
@@ -190,6 +192,8 @@ def transfer_error(
 
     $\Delta W$ is :func:`icl_lib.theorem.weight_update` of the first query, and the primed activations are those of the
     other. It is zero if the context changes both alike and $a_0^\top a_0' = \lVert a_0 \rVert^2$.
+
+    Derived in :func:`icl_lib.symbolic.transfer_error`.
 
     Shapes: ``weight`` ``[out, in]``, the activations ``[*batch, in]``; leading dimensions broadcast. The result is
     ``[*batch, out]``. Raises `ValueError` as :func:`icl_lib.theorem.weight_update` does.

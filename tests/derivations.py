@@ -7,7 +7,7 @@ from sympy.matrices.expressions.matexpr import MatrixElement
 from icl_lib.symbolic.algebra import Applied
 from icl_lib.symbolic.compiled import evaluate
 
-SIZES = {"m": 3, "n": 4, "d": 4, "h": 2, "q": 2, "e": 3}
+SIZES = {"m": 3, "n": 4, "d": 4, "h": 2, "q": 2, "e": 3, "k": 6}
 
 
 def numerically_true(derivation, equation, rounding=1e-9):

@@ -42,6 +42,7 @@ derivations = pytest.mark.parametrize(
 OTHER_CONDITIONS = {
     "joint_weight_update",
     "merged_time_course",
+    "least_squares_edit",
     "one_layer_optimum",
     "scale_update",
     "turning_update",

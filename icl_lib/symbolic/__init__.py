@@ -34,6 +34,11 @@ Token by token:
 - :func:`normalised_lms`, :func:`normalised_lms_heads`: a token of softmax attention is a step of normalised LMS
 - :func:`eaten_from_left`: the context taken into the weights token by token, from the left
 
+One edit for many queries:
+
+- :func:`transfer_error`: what the edit of one query misses at another
+- :func:`least_squares_edit`: the edit that serves any number of reads best, with a ridge
+
 Attention that is gradient descent by construction:
 
 - :func:`gradient_descent_attention`: linear attention that makes a step on the regression in its context
@@ -63,6 +68,7 @@ from icl_lib.symbolic.expert_updates import expert_updates
 from icl_lib.symbolic.gradient_descent_attention import gradient_descent_attention
 from icl_lib.symbolic.hidden_permutation import hidden_permutation
 from icl_lib.symbolic.joint_weight_update import joint_weight_update
+from icl_lib.symbolic.least_squares_edit import least_squares_edit
 from icl_lib.symbolic.linear_losses import linear_losses
 from icl_lib.symbolic.merged_time_course import merged_time_course
 from icl_lib.symbolic.normalised_lms import normalised_lms
@@ -77,6 +83,7 @@ from icl_lib.symbolic.scale_update import scale_update
 from icl_lib.symbolic.shared_factor import shared_factor
 from icl_lib.symbolic.single_token_attention import single_token_attention
 from icl_lib.symbolic.solution_set import solution_set
+from icl_lib.symbolic.transfer_error import transfer_error
 from icl_lib.symbolic.turning_update import turning_update
 from icl_lib.symbolic.uniqueness import uniqueness
 from icl_lib.symbolic.weight_update import weight_update
@@ -97,6 +104,7 @@ __all__ = [
     "gradient_descent_attention",
     "hidden_permutation",
     "joint_weight_update",
+    "least_squares_edit",
     "linear_losses",
     "merged_time_course",
     "normalised_lms",
@@ -111,6 +119,7 @@ __all__ = [
     "shared_factor",
     "single_token_attention",
     "solution_set",
+    "transfer_error",
     "turning_update",
     "uniqueness",
     "weight_update",

@@ -194,6 +194,9 @@ def _inverse(base: MatrixExpr, rules: _Rules) -> Iterator[tuple[sp.Expr, Word]]:
         yield 1 / _number(sp.Trace(base), rules), ()
     elif set(words) == {()}:  # a number times the identity
         yield 1 / words[()], ()
+    elif len(words) == 1:  # a number times a product
+        [(word, number)] = words.items()
+        yield 1 / number, (sp.Inverse(_product(sp.S.One, word)),)
     else:
         yield sp.S.One, (sp.Inverse(base),)
 

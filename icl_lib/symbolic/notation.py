@@ -8,10 +8,10 @@ from typing import Any
 import sympy as sp
 from sympy.printing.latex import LatexPrinter
 
-OUT, IN, WIDTH, HEAD, QUERIES = sp.symbols("m n d h q", integer=True, positive=True)
+OUT, IN, WIDTH, HEAD, QUERIES, SAMPLE = sp.symbols("m n d h q k", integer=True, positive=True)
 """The sizes of $W$ and of what it reads and outputs are symbols: a proof with them holds for every size."""
 
-SIZES = {OUT: "out", IN: "in", WIDTH: "dim", HEAD: "head", QUERIES: "queries"}
+SIZES = {OUT: "out", IN: "in", WIDTH: "dim", HEAD: "head", QUERIES: "queries", SAMPLE: "sample"}
 """What the dimensions of arrays are called."""
 
 LAST = ("b", "b'", r"\Delta b'", r"\Delta b'_i", r"\Delta h", r"\Delta\boldsymbol{\gamma}", "N")
