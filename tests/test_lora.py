@@ -106,7 +106,7 @@ def test_other_files_are_kept(tmp_path):
     with pytest.raises(ValueError, match=r"README.md is a file: give a folder"):
         patch.to_lora(tmp_path / "README.md" / "adapter", model)
     with pytest.raises(ValueError, match=r"folder is '.*', which holds README.md"):
-        write_adapter(tmp_path, model, {}, {})
+        write_adapter(tmp_path, model, {}, {}, "")
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
     patch.to_lora(tmp_path, model, overwrite=True)
     assert (tmp_path / "README.md").read_text() == "mine"

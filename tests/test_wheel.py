@@ -207,6 +207,7 @@ MODULES = [
 EXTRA = {
     "icl_lib.cli": "llm",
     "icl_lib.paper.hidden_rule.__main__": "llm",
+    "icl_lib.paper.compiling.__main__": "figures",
     "icl_lib.paper.experiments.__main__": "figures",
     "icl_lib.paper.figures": "figures",
     "icl_lib.paper.plots": "figures",

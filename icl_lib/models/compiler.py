@@ -122,6 +122,16 @@ class CompiledPatch(Patch):
     def _of_query(self) -> tuple[BlockPatch, ...]:
         return self.blocks
 
+    def _use(self) -> str:
+        kept = f"the tokens {self.kept.tolist()}" if self.kept.ndim == 1 else f"the {self.keep} kept vectors"
+        behind = f"behind {kept}, which stay, " if self.keep else ""
+        how = "exact on" if self.is_exact else "fitted to"
+        return (
+            f"It replaces {self.context_length - self.keep} tokens of a prompt for queries {behind}whose first token "
+            f"has the position {self.start}. It is {how} {self.queries} queries. How well it serves others depends on "
+            "the model and the queries: measure it."
+        )
+
 
 def compile_prompt(
     model: nn.Module,

@@ -14,7 +14,9 @@ from icl_lib.low_rank import LowRank
 from icl_lib.models.anatomy import is_transposed
 from icl_lib.models.edited_weights import parameter_at, split
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+TITLE = "# A prompt as an adapter"
+"""How the README of an adapter begins; one that begins otherwise is somebody's own, and is kept."""
 _PREFIX = "base_model.model."
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -78,6 +80,7 @@ def write_adapter(
     model: nn.Module,
     factors: dict[str, LowRank],
     scales: dict[str, Tensor],
+    card: str,
     overwrite: bool = False,
 ) -> Path:
     r"""Write low-rank edits as a LoRA of PEFT, $\Delta W = B A$ with $B = L$ and $A = R^\top$.
@@ -87,6 +90,7 @@ def write_adapter(
         model: the model that the adapter is for.
         factors: the edits, by the path of the linear map in the model; ``path[3]`` is the fourth matrix of a parameter.
         scales: the new scales of norms, by the path of the norm; PEFT calls these ``modules_to_save``.
+        card: the text of the README, which says what the adapter is good for.
         overwrite: write into a folder that is not empty, over an earlier adapter; other files in it are kept.
 
     Raises `ValueError` for a folder that holds a model, and without ``overwrite`` for one that holds any file.
@@ -135,6 +139,9 @@ def write_adapter(
         "modules_to_save": sorted(scales) or None,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    readme = folder / CARD
+    if not readme.exists() or readme.read_text(encoding="utf-8").startswith(TITLE):
+        readme.write_text(f"{TITLE}\n\n{card}\n", encoding="utf-8")
     return folder
 
 

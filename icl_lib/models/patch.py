@@ -206,9 +206,9 @@ class Patch:
     def to_lora(self, path: str | Path, model: nn.Module | None = None, *, overwrite: bool = False) -> Path:
         """Write the patch as an adapter that ``peft.PeftModel.from_pretrained(model, path)`` loads.
 
-        By default ``model`` is the model that the patch was made from. The files are ``adapter_config.json`` and
-        ``adapter_model.safetensors``; the edits are those of :meth:`joint`. The scale of a norm is saved in full,
-        as one of PEFT's ``modules_to_save``.
+        By default ``model`` is the model that the patch was made from. The files are ``adapter_config.json``,
+        ``adapter_model.safetensors`` and a ``README.md`` that says for which queries the adapter is good. The edits are
+        those of :meth:`joint`. The scale of a norm is saved in full, as one of PEFT's ``modules_to_save``.
 
         Args:
             path: a folder; it is created if it is missing, and must be empty otherwise.
@@ -242,7 +242,17 @@ class Patch:
                         f"{site.where}.{name}: a LoRA adapter has no biases. Make the patch with absorb(..., "
                         "outer='down')."
                     )
-        return write_adapter(Path(path), model, factors, scales, overwrite)
+        return write_adapter(Path(path), model, factors, scales, self._use(), overwrite)
+
+    def _use(self) -> str:
+        """Return for which queries an adapter of this patch is good, and how they are given."""
+        start, end = self.context_length, self.prompt.length
+        stay = f", except for the first {self.keep}, which stay in front," * bool(self.keep)
+        return (
+            f"It replaces the first {start} tokens of a prompt{stay} for the {end - start} tokens after them, exactly. "
+            f"Give these at their own positions, {start} to {end - 1}. It is not made for other queries, nor for text "
+            "that goes on after this one: icl_lib.compile_prompt makes such adapters, from many queries."
+        )
 
     def _of_query(self) -> tuple[BlockPatch, ...]:
         """Return the edits for a run of the whole network: those of the query, if it stands for all positions."""

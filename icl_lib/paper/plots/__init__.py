@@ -12,7 +12,7 @@ from icl_lib.paper.plots.every_block import (
     renumberings,
     varied,
 )
-from icl_lib.paper.plots.language import stream_sizes, written
+from icl_lib.paper.plots.language import answer_squares, stream_sizes, written
 from icl_lib.paper.plots.learning import agreement, answers, bars, curves, head_columns
 from icl_lib.paper.plots.one_block import removal, solution_family, training_curves
 from icl_lib.paper.plots.token_by_token import (

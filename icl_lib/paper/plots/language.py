@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from icl_lib.paper.figures import Figure, figure, heat_map
+from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, figure, heat_map
 
 
 def written(sizes: Any, tokens: Sequence[str], title: str, largest: float | None = None) -> Figure:
@@ -44,3 +44,29 @@ def stream_sizes(sizes: Mapping[str, Sequence[float]]) -> Figure:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize="small", ncols=1)
     largest = "; ".join(f"{name}: at most {max(norms):.3g}" for name, norms in sizes.items())
     return Figure(fig, f"Norm of the residual stream after each of {len(norms)} blocks. {largest}.")
+
+
+def answer_squares(pairs: Any, right: Mapping[str, Any], compiled: int) -> Figure:
+    """Draw which questions a + b are answered rightly: one square for each question, one plane for each run.
+
+    Args:
+        pairs: the numbers of each question, ``[questions, 2]``, from 1 to 9.
+        right: for each run, whether each answer is right, ``[questions]``.
+        compiled: how many of the questions, from the first, the edit was made from; they have a frame.
+    """
+    places, said = np.asarray(pairs), []
+    with figure(width=2.9 * len(right) + 0.6, height=3.6, columns=len(right)) as (fig, axes):
+        for ax, (name, good) in zip(np.atleast_1d(axes), right.items(), strict=True):
+            good = np.asarray(good)
+            for wanted, colour, label in ((True, "green", "right"), (False, "grey", "wrong")):
+                a, b = places[good == wanted].T
+                ax.scatter(a, b, s=90, marker="s", color=COLOURS[colour], alpha=0.9 if wanted else 0.3, label=label)
+            ax.scatter(*places[:compiled].T, s=130, marker="s", facecolors="none", edgecolors=INK, label="in the edit")
+            ax.set(title=name, xlabel="a", ylabel="b", xticks=range(1, 10), yticks=range(1, 10), aspect="equal")
+            ax.grid(False)
+            new = good[compiled:]
+            said.append(
+                f"{name}: {good[:compiled].sum()} of {compiled} right in the edit, {new.sum()} of {len(new)} new"
+            )
+        np.atleast_1d(axes)[0].legend(ncols=3, **UNDER)
+    return Figure(fig, "Squares for the questions a + b, right or wrong. " + "; ".join(said) + ".")
