@@ -136,7 +136,7 @@ COME_WITH = {
     "nbformat": "myst-nb",
     "pyyaml": "myst-nb",
     "ipykernel": "myst-nb",
-    "psutil": "ipykernel",
+    "psutil": "accelerate",
 }
 
 
