@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, colour_of, figure
+from icl_lib.paper.figures import COLOURS, INK, UNDER, Axes, Figure, colour_of, figure
 
 Run = Mapping[str, Any]
 

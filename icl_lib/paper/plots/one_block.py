@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from icl_lib.measures import scientific
 from icl_lib.paper.experiments.one_block import TrainingCurves
-from icl_lib.paper.figures import COLOURS, UNDER, WIDE, Figure, Row, figure, heat_map, signed
+from icl_lib.paper.figures import COLOURS, UNDER, WIDE, Axes, Figure, Row, figure, heat_map, signed
 
 
 def training_curves(curves: TrainingCurves) -> Figure:

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from icl_lib.paper.experiments.token_by_token import BesideSGD, Cosines, Estimate, TokenByToken
-from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, Row, colour_of, figure, heat_map
+from icl_lib.paper.figures import COLOURS, INK, UNDER, Axes, Figure, Row, colour_of, figure, heat_map
 
 
 def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -> Figure:
