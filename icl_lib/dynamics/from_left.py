@@ -10,7 +10,7 @@ prompt. Each token adds at most one to the rank of $P_i - W$; the updates of :fu
 rank one throughout. With a skip connection, $r_0 - r_i$ is added to the output bias.
 
 Source: Dherin et al. (arXiv 2507.16003), version 1, appendix B; in version 4 Proposition 2.6 and, for the product
-(:attr:`EatenFromLeft.factors`), Corollary C.3. We know the numbers of version 4 second-hand. Derived in
+(``EatenFromLeft.factors``), Corollary C.3. We know the numbers of version 4 second-hand. Derived in
 :func:`icl_lib.symbolic.eaten_from_left`.
 """
 
