@@ -51,7 +51,7 @@ def matrices(named: Mapping[str, Any]) -> Row:
     limit = max(float(np.abs(np.asarray(matrix)).max()) for matrix in named.values())
     pictures = []
     for name, matrix in named.items():
-        matrix = np.asarray(matrix)
+        matrix = np.round(np.asarray(matrix), 2) + 0.0  # no −0.00
         with figure(width=2.3, height=2.3) as (fig, ax):
             heat_map(ax, matrix, limit, numbers=True)
             ax.set(title=name, xticks=[], yticks=[])
@@ -95,14 +95,17 @@ def drop(times: Any, found: Mapping[str, Any], predicted: Any, controls: Mapping
 
 
 def staircase(times: Any, losses: Mapping[str, Any], levels: Sequence[float], controls: Mapping[str, Any]) -> Figure:
-    """Losses over a logarithmic time, with the predicted plateaus as wide lines, and controls in grey."""
+    """Losses over a logarithmic time, with the predicted plateaus as wide lines, and controls in grey.
+
+    A curve may be shorter than the times.
+    """
     with figure(width=4.8, height=3.7) as (fig, ax):
         for number, level in enumerate(levels):
             ax.axhline(level, **{**WIDE, "linewidth": 5}, label=None if number else "predicted plateaus")
         for number, (name, curve) in enumerate(controls.items()):
-            ax.plot(times, curve, color=COLOURS["grey"], linestyle=("--", ":")[number % 2], label=name)
+            ax.plot(times[: len(curve)], curve, color=COLOURS["grey"], linestyle=("--", ":")[number % 2], label=name)
         for number, (name, curve) in enumerate(losses.items()):
-            ax.plot(times, curve, color=colour_of((0, 2, 3)[number % 3]), label=name)
+            ax.plot(times[: len(curve)], curve, color=colour_of((0, 2, 3)[number % 3]), label=name)
         ax.set(xlabel="time", ylabel="expected squared error", ylim=(0, 1.1 * max(levels)), xscale="log")
         ax.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         ax.legend(ncols=2, **UNDER)
