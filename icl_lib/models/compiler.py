@@ -41,7 +41,7 @@ from icl_lib.models.tokens import Tokens, behind_kept, cache_name, new_cache
 from icl_lib.theorem import NoSingleEditError
 from icl_lib.validation import require_size
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 """The number of tokens, those of the prompt included, that one pass over calibration queries reads."""
 
 HOW_TO_FIT = (
