@@ -135,8 +135,6 @@ COME_WITH = {
     "nbclient": "myst-nb",
     "nbformat": "myst-nb",
     "pyyaml": "myst-nb",
-    "ipykernel": "myst-nb",
-    "psutil": "accelerate",
 }
 
 

@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +26,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -83,7 +83,8 @@ def peak_memory(process: int) -> float:
     """The largest memory that a process has had so far, in MiB; on systems without /proc, what it has now."""
     status = Path(f"/proc/{process}/status")
     if not status.exists():
-        return psutil.Process(process).memory_info().rss / 2**20
+        said = subprocess.run(["ps", "-o", "rss=", "-p", str(process)], capture_output=True, text=True, check=True)
+        return int(said.stdout) / 2**10
     return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
 
 
@@ -94,8 +95,10 @@ def watch_kernels(page: Callable[[], str], note: Callable[[str, dict[str, float]
     is printed when this process ends.
     """
     run_cell, clean_up = NotebookClient.async_execute_cell, NotebookClient._async_cleanup_kernel
+    begun: dict[int, float] = {}  # by the process of the kernel
 
     async def run_and_tell(client: NotebookClient, cell: Any, *args: Any, **kwargs: Any) -> Any:
+        begun.setdefault(client.km.provisioner.pid, time.monotonic())
         try:
             return await run_cell(client, cell, *args, **kwargs)
         except CellExecutionError as error:
@@ -104,8 +107,8 @@ def watch_kernels(page: Callable[[], str], note: Callable[[str, dict[str, float]
 
     async def note_and_clean_up(client: NotebookClient) -> None:
         process = getattr(getattr(client.km, "provisioner", None), "pid", None)
-        if process and psutil.pid_exists(process):
-            seconds = time.time() - psutil.Process(process).create_time()
+        if process in begun:
+            seconds = time.monotonic() - begun.pop(process)
             note(page(), {"seconds": round(seconds, 1), "peak_mib": round(peak_memory(process))})
         await clean_up(client)
 
