@@ -13,7 +13,7 @@ from torch import nn
 
 from icl_lib import CompiledPatch, Patch, absorb, compile_prompt
 from icl_lib.models import compiler
-from icl_lib.paper.experiments.language import LANGUAGE_MODELS, VOCABULARY
+from icl_lib.paper.experiments.language import LANGUAGE_MODELS, VOCABULARY, small_language_model
 
 # PEFT calls a method of transformers that will have another name in its next major version.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -123,6 +123,18 @@ def test_a_fit_to_more_tokens_than_a_map_can_serve_helps(name):
     assert max(edit.left.shape[-1] for edit in edits) <= 64
     with pytest.raises(ValueError, match=r"layers|h\[0\]"):
         compile_prompt(model, prompt, queries, ridge=0)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Qwen 3.5", "MiniMax", "BitNet"])
+def test_it_is_exact_where_the_prompt_cannot_be_shared(name):
+    """Caches of other kinds; and for BitNet a cache that its configuration makes shorter than its attention reaches."""
+    model, (prompt, queries) = small_language_model(name, blocks=4), task(2, 3)
+    patch = compile_prompt(model, prompt, queries, ridge=0)
+    for query in queries:
+        wanted = model(torch.cat([prompt, query])[None], use_cache=False).logits[:, N:]
+        with patch.applied(model):
+            assert relative(model(**patch.bare(query), use_cache=False).logits[:, 1:], wanted) < 1e-11
+        assert relative(model(**patch.bare(query), use_cache=False).logits[:, 1:], wanted) > 1e-2
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "Mistral", "Mixtral"])

@@ -36,6 +36,7 @@ from icl_lib.models.block_patch import BlockPatch
 from icl_lib.models.passes import bar_over, without_context
 from icl_lib.models.patch import Patch
 from icl_lib.models.prompt import Call, Prompt, experts_one_by_one
+from icl_lib.models.report import TOLERANCE
 from icl_lib.models.streams import Stream
 from icl_lib.models.tokens import Tokens, behind_kept, cache_name, new_cache
 from icl_lib.theorem import NoSingleEditError
@@ -322,7 +323,7 @@ def _calibration(
     whole_texts = [torch.cat([prompt[:keep], text]) for text in texts]
     rows = _rows(whole_texts, [keep + end for end in ends], last, keep + width)
     owner, place = rows.tokens // (keep + width), rows.tokens % (keep + width) - keep
-    kept, behind = _prompted(model, placed, whole, prompt, visit)
+    kept, behind = _prompted(model, placed, whole, prompt, texts[0], visit)
     parts = [kept] if keep else []
     for batch in _batches(len(texts), len(prompt) + width):
         mine = (owner >= batch.start) & (owner < batch.stop) & (place >= 0)
@@ -367,35 +368,69 @@ def _bytes(tokens: Tensor) -> bytes:
 
 
 def _prompted(
-    model: nn.Module, placed: Sequence[Site], whole: Prompt, prompt: Tensor, visit: Callable[[], Any]
+    model: nn.Module, placed: Sequence[Site], whole: Prompt, prompt: Tensor, text: Tensor, visit: Callable[[], Any]
 ) -> tuple[list[BlockActivations], Callable[[Tensor], tuple[BlockActivations, ...]]]:
     """Run the prompt once; return what its kept tokens read, and a function that runs queries behind it.
 
-    The queries share the prompt's keys and values where the model has a cache.
+    The queries share the prompt's keys and values, if a trial with one of them, ``text``, shows that the model can.
     """
-    keep, cache = whole.keep, None
-    call, options = (prompt if isinstance(whole, Stream) else {"input_ids": prompt[None]}), {}
-    if isinstance(whole, Tokens) and cache_name(model) in whole.takes:
-        cache = new_cache(model)
-        options = {"use_cache": True, cache_name(model): cache}
-    lead, places = torch.Size((1, keep)), torch.arange(keep, device=prompt.device)
-    found, _ = with_context(model, placed, type(whole), call, lead, keep=1, visit=visit, places=places, **options)
+    call, shared = (prompt if isinstance(whole, Stream) else {"input_ids": prompt[None]}), _shared(model, whole, prompt)
+    lead, places = torch.Size((1, whole.keep)), torch.arange(whole.keep, device=prompt.device)
+    found, _ = with_context(model, placed, type(whole), call, lead, keep=1, visit=visit, places=places)
     kept = [_picked(block, places) for block in found]
+    if shared is not None and not _answers_alike(model, prompt, text, shared):
+        shared = None
 
     def behind(queries: Tensor) -> tuple[BlockActivations, ...]:
-        lead = queries.shape[:2]
-        if cache is None or cache.get_seq_length() != len(prompt):
-            ids = torch.cat([prompt.expand(len(queries), *prompt.shape), queries], dim=1)
-            call, options = (ids if isinstance(whole, Stream) else {"input_ids": ids}), {}
-        else:
-            shared = copy.deepcopy(cache)
-            shared.batch_repeat_interleave(len(queries))
-            positions = torch.arange(len(prompt), len(prompt) + lead[1], device=queries.device).expand(lead)
-            call = {"input_ids": queries, "position_ids": positions}
-            options = {"use_cache": True, cache_name(model): shared}
-        return with_context(model, placed, type(whole), call, lead, keep=1, visit=visit, **options)[0]
+        call, options = _whole(whole, prompt, queries) if shared is None else shared(queries)
+        return with_context(model, placed, type(whole), call, queries.shape[:2], keep=1, visit=visit, **options)[0]
 
     return kept, behind
+
+
+def _whole(whole: Prompt, prompt: Tensor, queries: Tensor) -> tuple[Call, dict[str, Any]]:
+    """Return the call for queries with the whole prompt in front of each."""
+    texts = torch.cat([prompt.expand(len(queries), *prompt.shape), queries], dim=1)
+    return texts if isinstance(whole, Stream) else {"input_ids": texts}, {}
+
+
+def _shared(model: nn.Module, whole: Prompt, prompt: Tensor) -> Callable[[Tensor], tuple[Call, dict[str, Any]]] | None:
+    """Run the prompt into a cache; return the call for queries behind it, None if the model has no such cache."""
+    if not isinstance(whole, Tokens) or cache_name(model) not in whole.takes:
+        return None
+    name, cache = cache_name(model), new_cache(model)
+    try:
+        with torch.no_grad():
+            Tokens.run(model, {"input_ids": prompt[None]}, 1, use_cache=True, **{name: cache})
+    except Exception:  # whatever a model raises that wants a cache of another kind
+        return None
+
+    def call(queries: Tensor) -> tuple[Call, dict[str, Any]]:
+        copied = copy.deepcopy(cache)
+        copied.batch_repeat_interleave(len(queries))
+        positions = torch.arange(len(prompt), len(prompt) + queries.shape[1], device=queries.device)
+        ids = {"input_ids": queries, "position_ids": positions.expand(queries.shape)}
+        return ids, {"use_cache": True, name: copied}
+
+    return call
+
+
+def _answers_alike(
+    model: nn.Module, prompt: Tensor, text: Tensor, shared: Callable[[Tensor], tuple[Call, dict[str, Any]]]
+) -> bool:
+    """Return whether a text behind the cached prompt is answered as behind the prompt itself.
+
+    Recurrent models have caches of other kinds, and a cache can be too short for the attention of its model.
+    """
+    with torch.no_grad():
+        wanted = Tokens.run(model, {"input_ids": torch.cat([prompt, text])[None]}, 1)
+        try:
+            call, options = shared(text.expand(2, -1))
+            answer = Tokens.run(model, call, 1, **options)
+        except Exception:  # whatever a model raises that wants a cache of another kind
+            return False
+    limit = max(10 * TOLERANCE[wanted.dtype], TOLERANCE[torch.float32])  # some parts compute in float32
+    return bool(relative_error(answer, wanted.expand_as(answer)).max() <= limit)
 
 
 def _picked(block: BlockActivations, tokens: Tensor) -> BlockActivations:
