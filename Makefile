@@ -35,7 +35,7 @@ figures: $(INSTALLED) ## run all experiments at full scale, two hours or more; o
 	$(if $(ARGS),,$(BIN)/python -m icl_lib.paper.compiling)
 
 stored: $(INSTALLED) ## run the pages about SmolLM2 and store their results, for readers without the model
-	for page in known-model; do \
+	for page in known-model compiling; do \
 		ICL_LIB_STORE_RESULTS=1 $(BIN)/jupytext --to ipynb --run-path book --execute --output - book/$$page.md > /dev/null || exit 1; \
 	done
 

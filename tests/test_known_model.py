@@ -11,7 +11,7 @@ from icl_lib.paper import known_model
 from icl_lib.paper.known_model import KnownModel
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["known-model"]
+PAGES = ["known-model", "compiling"]
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ def test_a_rank_is_the_best_of_its_rank(many):
 def test_static_update():
     W, a_0, a_C = normal((3, 4), (50, 4), (50, 4))
     update, delta = static_update(W, a_0, a_C), a_C - a_0
+    derived = symbolic.static_update().lambdify()(W.numpy(), a_0.mT.numpy(), delta.mT.numpy())
+    np.testing.assert_allclose(update.dense().numpy(), derived, rtol=1e-10, atol=1e-13)
     means = {name: (x.mT @ y / 50).numpy() for name, (x, y) in {"dd": (delta, delta), "da": (delta, a_0)}.items()}
     served = means["da"] @ np.linalg.inv((a_0.mT @ a_0 / 50).numpy()) @ means["da"].T
     left = (delta @ W.mT - update.matvec(a_0)).square().sum(-1).mean().item()

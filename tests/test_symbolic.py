@@ -45,6 +45,7 @@ OTHER_CONDITIONS = {
     "least_squares_edit",
     "one_layer_optimum",
     "scale_update",
+    "static_update",
     "turning_update",
     "alignment",
 }

@@ -37,7 +37,8 @@ Token by token:
 One edit for many queries:
 
 - :func:`transfer_error`: what the edit of one query misses at another
-- :func:`least_squares_edit`: the edit that serves any number of reads best, with a ridge
+- :func:`static_update`: the edit that is best on average over a sample of queries, and what it cannot serve
+- :func:`least_squares_edit`: the same for any number of reads, with a ridge
 
 Attention that is gradient descent by construction:
 
@@ -83,6 +84,7 @@ from icl_lib.symbolic.scale_update import scale_update
 from icl_lib.symbolic.shared_factor import shared_factor
 from icl_lib.symbolic.single_token_attention import single_token_attention
 from icl_lib.symbolic.solution_set import solution_set
+from icl_lib.symbolic.static_update import static_update
 from icl_lib.symbolic.transfer_error import transfer_error
 from icl_lib.symbolic.turning_update import turning_update
 from icl_lib.symbolic.uniqueness import uniqueness
@@ -119,6 +121,7 @@ __all__ = [
     "shared_factor",
     "single_token_attention",
     "solution_set",
+    "static_update",
     "transfer_error",
     "turning_update",
     "uniqueness",
