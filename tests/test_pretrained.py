@@ -10,7 +10,8 @@ import transformers
 from cases import relative
 from conftest import ROOT
 
-from icl_lib import absorb, pretrained, tokens_of, verify
+from icl_lib import absorb, compile_prompt, pretrained, tokens_of, verify
+from icl_lib.paper.compiling import TASKS
 from icl_lib.pretrained import FILE, HOW_TO_GET_IT, WHEEL, smollm2
 
 PROMPT, QUERY = "<|endoftext|>France -> Paris\nSpain -> Madrid\nItaly -> Rome\n", "Germany ->"
@@ -46,6 +47,28 @@ def test_a_prompt_as_weights_answers_berlin(capitals):
     assert tokenizer.decode(edited.argmax()) == " Berlin"
     assert tokenizer.decode(model(**call).logits[0, -1].argmax()) != " Berlin"
     assert relative(edited, model(ids).logits[:, -1]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("past tense", 0.5), ("plurals", 0.6)])
+def test_a_compiled_prompt_answers_questions_that_it_was_not_made_from(capitals, name, least):
+    """From 32 questions, on 16 others: most of what the prompt gets right, and nothing of it bare."""
+    model, tokenizer, *_ = capitals
+    split = TASKS[name].split(seed=1, calibration=32)
+
+    def ids(text):
+        return tokenizer(text, return_tensors="pt").input_ids[0]
+
+    patch = compile_prompt(model, ids("<|endoftext|>\n" + split.prompt), list(map(ids, split.calibration)), keep=2)
+    asked = list(zip(map(ids, split.held_out[:16]), map(ids, split.answers[:16]), strict=True))
+
+    def right():
+        found = [model(**patch.bare(query)).logits[0, -1].argmax() == answer[0] for query, answer in asked]
+        return sum(map(bool, found)) / len(found)
+
+    with patch.applied(model):
+        assert right() >= least
+    assert right() < 0.1
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from icl_lib.models.edited_weights import (
     split,
 )
 from icl_lib.output_updates import output_update, scale_update, turning_update
-from icl_lib.theorem import joint_weight_update, least_norm_edit, weight_update
+from icl_lib.theorem import NoSingleEditError, joint_weight_update, least_norm_edit, weight_update
 
 
 class NotReproducedError(ValueError):
@@ -291,7 +291,8 @@ class BlockEdits:
             return vectors
         vectors = vectors.flatten(0, -2)
         if len(vectors) > 1:
-            raise ValueError(
+            refused = ValueError if self.kind == "bias" else NoSingleEditError  # a scale can be fitted
+            raise refused(
                 f"{self.where}.{path}: {len(vectors)} positions need {len(vectors)} vectors, but a joint edit has only "
                 "one. Use a query of one token, or give each position its own edits (Patch.applied); where the block "
                 "allows it, outer='down' serves several."

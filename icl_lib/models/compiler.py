@@ -160,6 +160,7 @@ def compile_prompt(
         queries: the calibration queries, ``[m_k]`` or ``[m_k, dim]``, of any lengths. Tokens with which several texts
             begin in common are one row, which counts as often as it occurs.
         keep: how many of the prompt's first tokens stay in front of every query. Trained language models need one.
+            If the prompt begins with what stands in front of each question, such as a line break, keep that too.
         ridge: $\rho$. In each map $\lambda = \rho \cdot \operatorname{median} \lVert r \rVert^2$ over what it reads;
             see :func:`icl_lib.least_squares.least_squares_edit`. 0 asks for edits that are exact on the calibration
             queries.
