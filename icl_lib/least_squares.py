@@ -164,6 +164,8 @@ def static_update(
     that it serves is :func:`share_served` of the identity's edit, or of this one. For one query it is
     :func:`icl_lib.theorem.weight_update`. With a ridge, $\Sigma_{aa} + \lambda I$ is inverted.
 
+    Derived in :func:`icl_lib.symbolic.static_update`.
+
     Shapes: ``weight`` ``[out, in]``, ``a_without`` and ``a_with`` ``[m, in]``. Raises `ValueError` as
     :func:`least_squares_edit` and :func:`icl_lib.theorem.weight_update` do.
 
