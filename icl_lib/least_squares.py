@@ -86,9 +86,10 @@ def least_squares_edit(
     ``[m]``. The result has rank at most $\min(m, \text{in})$. Raises `ValueError` for shapes, dtypes or devices that do
     not match, for values that are not finite, for a negative ridge or count, and for a rank below one.
 
-    >>> least_squares_edit(torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [4.0]])).dense()  # the mean of 2 and 4
+    >>> reads, changes = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [4.0]])
+    >>> least_squares_edit(reads, changes).dense().round(decimals=4)  # the mean of 2 and 4
     tensor([[3.]])
-    >>> least_squares_edit(torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [4.0]]), ridge=1.0).dense()
+    >>> least_squares_edit(reads, changes, ridge=1.0).dense().round(decimals=4)
     tensor([[2.]])
     """
     for name, vectors, layout in (("reads", reads, "[m, in]"), ("changes", changes, "[m, out]")):
