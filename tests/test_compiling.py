@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +168,11 @@ def test_a_run_is_chosen_by_what_differs_from_the_default():
     assert chosen(runs) is runs[0]
     with pytest.raises(ValueError, match=r"settings are {'queries': 3}: no run of the kind"):
         chosen(runs, queries=3)
+
+
+def test_the_stored_runs_have_the_settings_of_this_library():
+    stored = json.loads((Path(__file__).resolve().parents[1] / "book/data/compiling.json").read_text())
+    assert stored["defaults"] == asdict(Comparison())
+    ours, bare, control = (chosen(stored["runs"], **one) for one in ({}, {"method": "bare"}, {"of": "another task"}))
+    assert ours["by_task"].keys() == bare["by_task"].keys() == TASKS.keys()
+    assert ours["kl"][2] < min(bare["kl"][1], control["kl"][1])  # the intervals are apart
