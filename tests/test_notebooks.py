@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from tabulate import tabulate
 
 MEMORY = 1024  # MiB; Binder gives one to two GB
-LARGER = {"known-model": 2048}  # it loads a language model that people know
+LARGER = {"known-model": 2048, "compiling": 2048}  # they load a language model that people know
 PAGES = notebooks.pages((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 BOOK = notebooks.Book(ROOT / "book", PAGES)
 

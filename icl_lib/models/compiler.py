@@ -70,7 +70,7 @@ class CompiledPatch(Patch):
     """One edit of each map in place of a prompt, for any query; made by :func:`compile_prompt`.
 
     It is used as a :class:`~icl_lib.models.patch.Patch` is, but :meth:`bare` takes the query alone. The edits are
-    final: :meth:`merged` adds them to the weights as they are.
+    final: :meth:`~icl_lib.models.patch.Patch.merged` adds them to the weights as they are.
 
     Attributes:
         kept: the first tokens of the prompt, which stay in front of every query.

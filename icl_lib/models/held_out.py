@@ -68,7 +68,7 @@ def held_out(
     The control is the bare model: it reads the query behind the kept tokens, as the edited one does, without the edits.
 
     Args:
-        patch: made by :func:`icl_lib.compile_prompt` from the model and the prompt.
+        patch: made by :func:`icl_lib.models.compiler.compile_prompt` from the model and the prompt.
         model: the language model; it is not changed.
         prompt: token ids, ``[n]``.
         queries: token ids, ``[m_k]``, that the patch was not made from.

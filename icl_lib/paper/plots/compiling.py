@@ -19,7 +19,7 @@ def divergence_by(
 
     Args:
         x: the values of the setting.
-        runs: of :func:`icl_lib.paper.compiling.summarise`, one for each.
+        runs: of ``icl_lib.paper.compiling.summarise``, one for each.
         bare: the run of the bare question; control.
         label: of the setting.
         more: other runs by name, drawn as lines: they do not depend on the setting.
@@ -75,7 +75,7 @@ def divergence_over_time(series: Mapping[str, Mapping[str, Run]], bare: Run) -> 
 def accuracy_by_task(runs: Mapping[str, Run]) -> Figure:
     """Draw the share of right answers of each task and method, with intervals; the prompted model as a bar.
 
-    ``runs`` are those of :func:`icl_lib.paper.compiling.summarise`, by the name of the method.
+    ``runs`` are those of ``icl_lib.paper.compiling.summarise``, by the name of the method.
     """
     tasks = list(next(iter(runs.values()))["by_task"])
     place = np.arange(len(tasks))
