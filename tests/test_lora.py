@@ -41,7 +41,8 @@ def test_the_adapter_answers_as_the_prompted_model(name, tmp_path):
 def test_what_is_in_the_files(tmp_path):
     model, ids = shared("Llama", torch.float32), prompts(1)
     absorb(model, ids, LENGTH - 3, joint=True).to_lora(tmp_path, model)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 3, 3, "none")
     tensors = load_file(tmp_path / "adapter_model.safetensors")

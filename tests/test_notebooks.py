@@ -81,7 +81,7 @@ def test_the_site_offers_notebooks_with_its_numbers(site):
     for name in BOOK.notebooks:
         assert f'href="../_sources/book/{name}.ipynb"' in (site / "book" / f"{name}.html").read_text(encoding="utf-8")
     text = prose(nbformat.read(site / "_sources" / "book" / "theorem.ipynb", as_version=4))
-    assert re.search(r"At all \d+ measurements the relative difference of the two losses is at most \d × 10⁻", text)
+    assert re.search(r"At all \d+ measurements the relative difference of the two losses is at most \d\s×\s10⁻", text)
 
 
 @pytest.mark.slow

@@ -173,6 +173,10 @@ def cause_of(model: nn.Module, inputs: Tensor, anatomy: Anatomy) -> str:
     return "Probing finds the same anatomy, so the numbers are too ill-conditioned for this dtype: use a wider one."
 
 
+# What torch's errors for inputs of a wrong width or dtype say.
+ABOUT_INPUTS = ("shape", "size", "dtype", "expect", "range")
+
+
 def cache(
     model: nn.Module, placed: tuple[Site, ...], prompt: Prompt, inputs: Tensor, **options: Any
 ) -> tuple[CachedPrompt, Tensor]:
@@ -186,7 +190,9 @@ def cache(
         )
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError, IndexError) as error:  # whatever the model's own forward pass raises
+    except (RuntimeError, AssertionError, IndexError) as error:
+        if not any(word in str(error) for word in ABOUT_INPUTS):
+            raise  # the model's own error, which says something else
         raise ValueError(
             f"{type(model).__name__} does not run on inputs {list(inputs.shape)} of {inputs.dtype}: {error}. Give "
             "inputs of the width and the length that it reads."
