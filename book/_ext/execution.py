@@ -109,7 +109,7 @@ def watch_kernels(page: Callable[[], str], note: Callable[[str, dict[str, float]
         process = getattr(getattr(client.km, "provisioner", None), "pid", None)
         if process in begun:
             seconds = time.monotonic() - begun.pop(process)
-            note(page(), {"seconds": round(seconds, 1), "peak_mib": round(peak_memory(process))})
+            note(page(), {"seconds": round(seconds, 3), "peak_mib": round(peak_memory(process))})
         await clean_up(client)
 
     NotebookClient.async_execute_cell, NotebookClient._async_cleanup_kernel = run_and_tell, note_and_clean_up
