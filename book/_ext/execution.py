@@ -119,6 +119,8 @@ def prepare(app: Any, config: Any) -> None:
     """Set the environment variables of the kernels, and choose the cache."""
     use_this_checkout()
     os.environ["ICL_LIB_BOOK_BUILD"] = "1"
+    # A large array that is freed goes back to the system at once. Otherwise what a chapter takes depends on the order.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
     if config.nb_execution_mode == "cache":
         requirements = ROOT / "requirements.txt"
         listed = requirements.read_text(encoding="utf-8") if requirements.exists() else ""
