@@ -53,7 +53,9 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     Raises `ValueError` for another dtype than float64, float32, bfloat16 or float16, and `FileNotFoundError`, with the
     commands that fetch it, if the model is not on this machine.
 
-    >>> model, tokenizer = smollm2()  # doctest: +SKIP
+    >>> smollm2(torch.int64)
+    Traceback (most recent call last):
+    ValueError: dtype is torch.int64: give one of torch.float64, torch.float32, torch.bfloat16, torch.float16.
     """
     kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if dtype not in kinds:
