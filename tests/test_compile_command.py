@@ -5,6 +5,9 @@ import json
 import peft
 import pytest
 import torch
+from language import shared
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from icl_lib import compile_prompt
@@ -85,6 +88,8 @@ def test_the_prompted_model_is_its_own_best_stand_in(folder):
     other = compile_prompt(model, VOCABULARY.encode("2+3=6, 4+2=7, 1+5=7, "), queries, keep=0, ridge=0)
     assert held_out(other, model, prompt, queries).agreement["edited"] < 0.5
     assert "right" not in str(held_out(other, model, prompt, queries))
+    with pytest.raises(ValueError, match="so give token ids"):
+        held_out(exact, model, torch.randn(3, 4), queries)
     with pytest.raises(ValueError, match="queries are empty"):
         held_out(exact, model, prompt, [])
     with pytest.raises(ValueError, match="answers are 1 and queries 3"):
@@ -113,3 +118,43 @@ def test_wrong_usage_is_named_and_nothing_is_written(folder, tmp_path, files, ar
     assert found.exit_code == 2, found.output
     assert says in found.stderr
     assert not (tmp_path / "adapter").exists()
+
+
+CHAT = (
+    "{% for m in messages %}{{ 'w90 ' if m.role == 'system' else 'w92 ' }}{{ m.content }} w91 {% endfor %}"
+    "{{ 'w93' if add_generation_prompt else '' }}"
+)
+MOVED = "{{ 'w80 ' if add_generation_prompt else '' }}" + CHAT  # a conversation begins otherwise than its system prompt
+
+
+@pytest.mark.parametrize(("template", "says"), [(CHAT, None), (MOVED, "does not begin as"), (None, "chat template")])
+def test_a_system_prompt_goes_through_the_chat_template(tmp_path, template, says):
+    model = shared("Llama", torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "system.txt").write_text("w3 w1 w4\n")
+    (tmp_path / "queries.txt").write_text("w5 w6\nw7\n")
+    given = ["--model", tmp_path / "model", "--system-file", tmp_path / "system.txt", "--output", tmp_path / "adapter"]
+    given += ["--queries", tmp_path / "queries.txt"]
+    found = CliRunner().invoke(app, ["compile", *map(str, given)])
+    if says:
+        assert (found.exit_code, says in found.stderr, (tmp_path / "adapter").exists()) == (2, True, False)
+        return
+    assert found.exit_code == 0, found.output
+    # Independently of the command: the tokens that the template gives.
+    prompt, queries = torch.tensor([90, 3, 1, 4, 91]), [torch.tensor([92, 5, 6, 91, 93]), torch.tensor([92, 7, 91, 93])]
+    patch = compile_prompt(model, prompt, queries, start=1)
+    again = type(model).from_pretrained(tmp_path / "model")  # PEFT changes the model that it is given
+    adapted = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
+    ids = torch.cat([prompt[:1], queries[1]])[None]
+    with torch.no_grad():
+        got, bare = adapted(input_ids=ids).logits, model(input_ids=ids).logits
+        with patch.applied(model):
+            wanted = model(**patch.bare(queries[1])).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert (bare - wanted).abs().max() > 1e-2
+    assert "Put 'w90' in front" in found.stdout

@@ -159,8 +159,6 @@ def test_the_pictures_say_what_they_show():
     assert "capitals: prompt 1.00, compiled 0.50, bare 0.50" in by_task.alt
     over = plots.divergence_by([1, 4], [found, found], found, "calibration questions", {"vector": found})
     assert over.alt.endswith("1: 1; 4: 1. Bare question 1, vector 1.")
-    time = plots.divergence_over_time({"compiled": {"64": found}, "distilled": {"10 steps": found}}, found)
-    assert "distilled, 10 steps: 1 after 3 s" in time.alt
 
 
 def test_a_run_is_chosen_by_what_differs_from_the_default():

@@ -74,8 +74,10 @@ def held_out(
         queries: token ids, ``[m_k]``, that the patch was not made from.
         answers: the right answers to the queries, token ids; the first token of each counts.
 
-    Raises `ValueError` for no queries, and for another number of answers.
+    Raises `ValueError` for a float stream, for no queries, and for another number of answers.
     """
+    if prompt.is_floating_point():
+        raise ValueError(f"prompt has dtype {prompt.dtype}: held_out compares the next tokens, so give token ids.")
     if not queries:
         raise ValueError("queries are empty: give one or more queries that the patch was not made from.")
     if answers is not None and len(answers) != len(queries):

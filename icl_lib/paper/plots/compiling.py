@@ -42,36 +42,6 @@ def divergence_by(
     )
 
 
-def divergence_over_time(series: Mapping[str, Mapping[str, Run]], bare: Run) -> Figure:
-    """Draw the divergence from the prompted model over the time that it takes to find the edits.
-
-    Args:
-        series: by the name of a method, its runs by the label of the point.
-        bare: the run of the bare question; control.
-    """
-    with figure(width=5.2, height=3.8) as (fig, ax):
-        ax.axhline(bare["kl"][0], color=COLOURS["grey"], linestyle="--", label="bare question")
-        for number, (name, runs) in enumerate(series.items()):
-            seconds = [run["seconds"] for run in runs.values()]
-            _with_intervals(
-                ax, seconds, list(runs.values()), "kl", color=colour_of(number), marker="os^D"[number % 4], label=name
-            )
-            for point, run in runs.items():
-                ax.annotate(point, (run["seconds"], run["kl"][0]), (5, 5), textcoords="offset points", fontsize="small")
-        ax.set(xlabel="seconds of processor time", ylabel="divergence, nats", xscale="log", yscale="log")
-        ax.legend(ncols=3, **UNDER)
-    said = "; ".join(
-        f"{name}, {point}: {run['kl'][0]:.2g} after {run['seconds']:.2g} s"
-        for name, runs in series.items()
-        for point, run in runs.items()
-    )
-    return Figure(
-        fig,
-        "Divergence from the prompted model on held-out questions over the processor time to find the edits, on "
-        f"logarithmic axes. {said}. Bare question {bare['kl'][0]:.2g}.",
-    )
-
-
 def accuracy_by_task(runs: Mapping[str, Run]) -> Figure:
     """Draw the share of right answers of each task and method, with intervals; the prompted model as a bar.
 
