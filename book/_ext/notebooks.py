@@ -123,14 +123,17 @@ class Book:
 
     @staticmethod
     def _numbered(text: str, numbers: Counter[str]) -> Iterator[tuple[str, str]]:
-        """Yield the label and the number of each statement and exercise, as the site counts them."""
+        """Yield the label and the number of each statement, figure and exercise, as the site counts them."""
         found: list[tuple[str, str]] = []
 
         def note(kind: str, title: str, options: dict[str, str], body: list[str]) -> list[str]:
-            if "label" in options:
+            label = options.get("label")
+            if kind == "caption":
+                kind, label = options.get("kind", "figure"), title
+            if label:
                 kind = kind.removeprefix("prf:").capitalize()
                 numbers[kind] += 1
-                found.append((options["label"], f"{kind} {numbers[kind]}"))
+                found.append((label, f"{kind} {numbers[kind]}"))
             return list(boxes(body, note))
 
         list(boxes(text.split("\n"), note))
@@ -159,7 +162,7 @@ class Book:
         if name in ("cite:t", "cite:p"):
             cited = [self.citation(key.strip(), name == "cite:t") for key in given.split(",")]
             return " and ".join(cited) if name == "cite:t" else f"({'; '.join(cited)})"
-        if name in ("ref", "prf:ref"):
+        if name in ("ref", "prf:ref", "numref"):
             if target not in self.titles:
                 raise ValueError(f"{{{name}}}`{given}` on the page {here}: no page has this label.")
             page, title = self.titles[target]
@@ -176,6 +179,8 @@ class Book:
             return list(boxes(body, self.box))
         if kind == "grid-item-card":
             return [f"- {self.link(options['link'], title)} " + " ".join(body)]
+        if kind == "caption":
+            return [f"**{self.titles[title][1]}.** " + body[0], *body[1:]]
         if kind == "prf:proof":
             return ["**Proof.** " + body[0], *body[1:]]
         if kind == "exercise":
