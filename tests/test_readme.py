@@ -1,4 +1,4 @@
-"""Each example of the README and of the API page runs by itself, and each command of the README runs."""
+"""Each example of the README and of the library's pages runs by itself, and each command of the README runs."""
 
 import os
 import re
@@ -17,7 +17,8 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-EXAMPLES = [(page, code) for page in ("README.md", "book/api.md") for code in blocks(page, "python")]
+API = ["book/api.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "book" / "api").glob("*.md")))]
+EXAMPLES = [(page, code) for page in ("README.md", *API) for code in blocks(page, "python")]
 COMMANDS = [line for code in blocks("README.md", "sh") for line in code.splitlines()]
 
 

@@ -50,12 +50,19 @@ _NAMED = re.compile(r"(?P<text>.+?)\s*<(?P<target>[^<>]+)>", re.S)
 def pages(toc: str) -> list[str]:
     """The pages of a table of contents in reading order.
 
-    >>> pages("{root: book/index, parts: [{chapters: [{file: book/one}, {file: book/two}]}]}")
-    ['index', 'one', 'two']
+    >>> pages("{root: book/index, parts: [{chapters: [{file: book/one, sections: [{file: book/one/a}]}]}]}")
+    ['index', 'one', 'one/a']
     """
     read = yaml.safe_load(toc)
-    files = [read["root"], *(chapter["file"] for part in read.get("parts", []) for chapter in part["chapters"])]
-    return [file.removeprefix("book/") for file in files]
+    return [file.removeprefix("book/") for file in [read["root"], *_files(read)]]
+
+
+def _files(entry: Mapping[str, Any]) -> Iterator[str]:
+    for part in entry.get("parts", []):
+        yield from _files(part)
+    for child in [*entry.get("chapters", []), *entry.get("sections", [])]:
+        yield child["file"]
+        yield from _files(child)
 
 
 def boxes(lines: Iterable[str], show: Callable[[str, str, dict[str, str], list[str]], Iterable[str]]) -> Iterator[str]:

@@ -87,7 +87,7 @@ def corrected(
     Without a ridge it is a vector: the mean over the tokens of the calibration queries of what the block, with the
     blocks before it corrected, still lacks. This is a steering vector in every block, added at every token that is
     not kept. With a ridge it is an edit of the last map of the MLP, fitted as
-    :func:`icl_lib.compile_prompt` fits it, while the first maps stay as they are.
+    :func:`~icl_lib.models.compiler.compile_prompt` fits it, while the first maps stay as they are.
     """
     placed = sites(model, anatomy_of(model))
     blocks = [site.block for site in placed]
