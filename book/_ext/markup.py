@@ -1,6 +1,7 @@
 """Corrections of the HTML that the theme and the extensions write, made on each finished page.
 
 - A fold's name for screen readers is its visible text; MyST-NB names them all "Toggle hidden content".
+- A proof is set apart from what it proves; sphinx-proof gives all of them one id and no name.
 - A page has one viewport; Sphinx, docutils and the theme each declare one.
 """
 
@@ -10,6 +11,7 @@ import re
 from typing import Any
 
 _VIEWPORT = re.compile(r'\s*<meta\b(?=[^>]*\bname="viewport")[^>]*>')
+_PROOF = re.compile(r'<div class="proof admonition" id="proof">\n<p>Proof\. ')
 _FOLD = re.compile(r'<summary aria-label="Toggle hidden content">')
 
 
@@ -23,6 +25,7 @@ def corrected(page: str) -> str:
     """
     if first := _VIEWPORT.search(page):
         page = page[: first.end()] + _VIEWPORT.sub("", page[first.end() :])
+    page = _PROOF.sub('<div class="proof demonstration admonition">\n<p><em>Proof.</em> ', page)
     return _FOLD.sub("<summary>", page)
 
 
