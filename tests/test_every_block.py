@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from icl_lib import LowRank, absorb, alignment
+from icl_lib.measures import scientific
 from icl_lib.paper import plots
 from icl_lib.paper.experiments import (
     BLOCK_COLUMNS,
@@ -275,8 +276,8 @@ def test_the_command_survives_kill_9(tmp_path):
 def test_the_figure_of_errors_by_depth_tells_both_errors_and_the_control():
     whole, block = {"float64": [2e-16, 9e-16]}, {"float64": [3e-16, 2e-16]}
     alt = plots.errors_by_depth([2, 32], whole, block, [0.3, 2.0], "no norm").alt
-    assert "float64: whole network from 2e-16 to 9e-16, one block at most 3e-16" in alt
+    said = [f"whole network from {scientific(2e-16)} to {scientific(9e-16)}", f"one block at most {scientific(3e-16)}"]
+    assert f"float64: {', '.join(said)}" in alt
     assert "Without edits at least 0.3" in alt
-    assert (
-        "one block at most 2e-16" in plots.errors_by_depth([2, 32], whole, {"float64": [2e-16] * 2}, [1.0, 1.0], "").alt
-    )
+    larger = plots.errors_by_depth([2, 32], whole, {"float64": [2e-16] * 2}, [1.0, 1.0], "").alt
+    assert f"one block at most {scientific(2e-16)}" in larger

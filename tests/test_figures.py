@@ -13,7 +13,17 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from icl_lib.paper.figures import COLOURS, INK, PLANE_EXAMPLE, Figure, _draw, figure, plane_array, rank_one_picture
+from icl_lib.paper.figures import (
+    COLOURS,
+    INK,
+    PLANE_EXAMPLE,
+    Figure,
+    _draw,
+    figure,
+    plane_array,
+    rank_one_picture,
+    shade,
+)
 
 
 def curve(slope: float = 1.0, alt: str = "a line") -> Figure:
@@ -147,9 +157,9 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("page", ["#ffffff", "#121212", "#111111"], ids=["light", "dark book", "dark JupyterLab"])
-@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("colour", [*COLOURS.values(), *(shade(number, 5) for number in range(1, 4))])
 def test_colours_read_on_light_and_dark_pages(colour, page):
-    high, low = sorted((luminance(COLOURS[colour]), luminance(page)), reverse=True)
+    high, low = sorted((luminance(colour), luminance(page)), reverse=True)
     assert (high + 0.05) / (low + 0.05) >= 3
 
 

@@ -31,6 +31,7 @@ with extra("figures"):
     import matplotlib
     from cycler import cycler
     from matplotlib.axes import Axes
+    from matplotlib.colors import to_hex, to_rgb
     from matplotlib.figure import Figure as MatplotlibFigure
     from matplotlib.image import AxesImage
 
@@ -45,8 +46,10 @@ COLOURS = {
     "ochre": "#a97f10",
     "grey": "#808080",
 }
-"""The colours of the series, in order. Each has a contrast of at least 3 with white and with dark pages. Colour-blind
-readers can tell the first three apart."""
+"""The colours of the book. Four of them have a role on every page: with the prompt (vermillion, often :data:`WIDE`),
+with edited weights (blue), the truth (green), and bare, without prompt and edit (grey, as all controls). Purple and
+ochre are free; :func:`shade` goes from one to the other. Each has a contrast of at least 3 with white and with dark
+pages. Colour-blind readers can tell the first three apart."""
 
 STYLE = {
     "axes.edgecolor": INK,
@@ -186,6 +189,17 @@ def heat_map(ax: Axes, matrix: Any, limit: float | int, numbers: bool = False, *
 def colour_of(number: int) -> str:
     """The colours of the series in turn, without grey, which is for controls."""
     return list(COLOURS.values())[number % (len(COLOURS) - 1)]
+
+
+def shade(number: int, count: int) -> str:
+    """The colour of a series that has no role, such as a block's or a precision's: from purple to ochre in order.
+
+    >>> shade(0, 5) == COLOURS["purple"], shade(4, 5) == COLOURS["ochre"]
+    (True, True)
+    """
+    first, last = (to_rgb(COLOURS[name]) for name in ("purple", "ochre"))
+    part = number / max(count - 1, 1)
+    return to_hex([(1 - part) * a + part * b for a, b in zip(first, last, strict=True)])
 
 
 def signed(value: float | int, form: str = "g") -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from icl_lib.paper.figures import COLOURS, Figure, Row, figure
 
-SERIES = (("verify", "verification", "o", COLOURS["blue"]), ("forward", "forward pass", "s", COLOURS["vermillion"]))
+SERIES = (("verify", "verification", "o", COLOURS["purple"]), ("forward", "forward pass", "s", COLOURS["ochre"]))
 
 
 def scaling(rows: Sequence[Mapping[str, Any]]) -> Row:
@@ -31,7 +31,7 @@ def _growth(row: Mapping[str, Any]) -> Figure:
             predicted = count * median[-1] / count[-1]
             ax.plot(row["size"], predicted, color=colour, alpha=0.55, linewidth=1.4)
             ax.errorbar(row["size"], median, (median - low, high - median), fmt=marker, color=colour, label=label)
-        ax.set(xscale="log", yscale="log", xlabel=row["axis"], title="milliseconds")
+        ax.set(xscale="log", yscale="log", xlabel=row["axis"], ylabel="milliseconds")
         ax.set_xticks(row["size"], [f"{size}" for size in row["size"]], fontsize="small")
         ax.minorticks_off()
         ax.legend(fontsize="small")

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from icl_lib.paper.figures import COLOURS, UNDER, WIDE, Figure, colour_of, figure, heat_map
+from icl_lib.measures import scientific
+from icl_lib.paper.figures import COLOURS, UNDER, WIDE, Figure, figure, heat_map, shade, signed
 
 
 def losses(measured: Mapping[str, Sequence[float]]) -> Figure:
@@ -17,11 +18,11 @@ def losses(measured: Mapping[str, Sequence[float]]) -> Figure:
     """
     experiment, theory, unedited, bare = (measured[name] for name in ("experiment", "theory", "unedited", "bare"))
     step = range(len(experiment))
-    with figure(width=4.6, height=3.9) as (fig, ax):
-        ax.plot(step, bare, color=COLOURS["grey"], linestyle="--", label="whole network, no edit")
+    with figure(width=4.1, height=3.9) as (fig, ax):
+        ax.plot(step, bare, color=COLOURS["grey"], linestyle="--", label="network, no edit")
         ax.plot(step, unedited, color=COLOURS["grey"], linestyle=":", label="last block, no edit")
-        ax.plot(step, experiment, **WIDE, label="experiment")
-        ax.plot(step, theory, color=COLOURS["blue"], label="theory")
+        ax.plot(step, experiment, **WIDE, label="experiment: prompt")
+        ax.plot(step, theory, color=COLOURS["blue"], label="theory: edited")
         ax.set(xlabel="training step", ylabel="test loss", yscale="log")
         ax.legend(ncols=2, **UNDER)
     return Figure(
@@ -41,25 +42,27 @@ def differences(
 
     ``difference`` and ``control`` are ``[steps][blocks]``.
     """
-    with figure(width=4.6, height=3.7) as (fig, ax):
-        for block, (values, without) in enumerate(zip(np.transpose(difference), np.transpose(control), strict=True)):
-            ax.plot(step, without, color=COLOURS["grey"], linestyle="--", label="no edit" if block == 0 else None)
-            ax.plot(step, values, color=colour_of(block), label=f"block {block + 1}")
+    values, without = np.array(difference), np.array(control)
+    blocks = values.shape[1]
+    with figure(width=4.1, height=3.7) as (fig, ax):
+        ax.plot(step, without, color=COLOURS["grey"], linestyle="--", label=["no edit", *[None] * (blocks - 1)])
+        for block in range(blocks):
+            ax.plot(step, values[:, block], color=shade(block, blocks), label=f"block {block + 1}")
         ax.set(xlabel="training step", ylabel="mean squared difference", yscale="log")
         ax.legend(ncols=3, **UNDER)
-    values, without = np.array(difference), np.array(control)
+    low, high, least, most = (scientific(end.item()) for each in (values, without) for end in (each.min(), each.max()))
     return Figure(
         fig,
-        f"Mean squared difference over training, by block: between {values.min():.0e} and {values.max():.0e} with the "
-        f"edits, and between {without.min():.0e} and {without.max():.0e} without.",
+        f"Mean squared difference over training, by block: between {low} and {high} with the edits, and between "
+        f"{least} and {most} without.",
     )
 
 
 def norms(step: Sequence[int], frobenius: Sequence[Sequence[float]]) -> Figure:
     """Draw the norm of the last position's update over training; ``frobenius`` is ``[steps][blocks]``."""
-    with figure(width=4.6, height=3.2) as (fig, ax):
+    with figure(width=4.1, height=3.2) as (fig, ax):
         for block, values in enumerate(np.transpose(frobenius)):
-            ax.plot(step, values, color=colour_of(block), label=f"block {block + 1}")
+            ax.plot(step, values, color=shade(block, len(frobenius[0])), label=f"block {block + 1}")
         ax.set(xlabel="training step", ylabel="‖ΔW‖ at the query", ylim=(0, None))
         ax.legend(ncols=3, **UNDER)
     ends = ", ".join(f"{value:.2g}" for value in frobenius[-1])
@@ -78,18 +81,19 @@ def alignments(table: Any, title: str, of: str) -> Figure:
         ax.set_yticks(ticks, [str(tick + 1) for tick in ticks])
         fig.colorbar(picture, ax=ax, shrink=0.8)
     off = table[~np.eye(len(table), dtype=bool)]
+    low, high = (signed(end, ".2f") for end in (off.min(), off.max()))
     return Figure(
         fig,
-        f"{title}: heat map of {len(table)} by {len(table)} cosines. Off the diagonal they lie between {off.min():.2f} "
-        f"and {off.max():.2f}.",
+        f"{title}: heat map of {len(table)} by {len(table)} cosines. Off the diagonal they lie between {low} "
+        f"and {high}.",
     )
 
 
 def renumberings(values: Sequence[float], measured: float) -> Figure:
     """Draw the alignment of two blocks under many orders of the hidden units, and in the model as trained."""
-    with figure(width=4.6, height=2.9) as (fig, ax):
+    with figure(width=4.1, height=2.9) as (fig, ax):
         ax.hist(values, bins=30, color=COLOURS["grey"], alpha=0.7)
-        ax.axvline(measured, color=COLOURS["vermillion"], linewidth=3)
+        ax.axvline(measured, color=COLOURS["purple"], linewidth=3)
         ax.annotate("as trained", (measured, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
         ax.set(xlabel="alignment of the two blocks’ updates", ylabel="number of orders")
     below = np.mean(np.asarray(values) < measured)
@@ -102,16 +106,17 @@ def renumberings(values: Sequence[float], measured: float) -> Figure:
 
 def errors_by_block(errors: Mapping[str, Sequence[float]], control: Sequence[float], title: str) -> Figure:
     """Draw the largest error of each block in several precisions, with the control without edits."""
-    with figure(width=4.6, height=3.5) as (fig, ax):
+    with figure(width=4.1, height=3.5) as (fig, ax):
         blocks = range(1, len(control) + 1)
         ax.plot(blocks, control, "--o", color=COLOURS["grey"], markersize=4, label="no edit")
         for number, (name, values) in enumerate(errors.items()):
-            ax.plot(blocks, values, "-o", color=colour_of(number), markersize=4, label=name)
+            ax.plot(blocks, values, "-o", color=shade(number, len(errors)), markersize=4, label=name)
         ax.set(title=title, xlabel="block", ylabel="relative error", yscale="log", ylim=(1e-17, 10))
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(ncols=3, **UNDER)
-    said = "; ".join(f"{name} at most {max(values):.0e}" for name, values in errors.items())
-    return Figure(fig, f"{title}. Relative error by block: {said}; without the edits at least {min(control):.0e}.")
+    said = "; ".join(f"{name} at most {scientific(max(values))}" for name, values in errors.items())
+    least = scientific(min(control))
+    return Figure(fig, f"{title}. Relative error by block: {said}; without the edits at least {least}.")
 
 
 def errors_by_depth(
@@ -129,16 +134,17 @@ def errors_by_depth(
     with figure(width=3.4, height=3.9) as (fig, ax):
         ax.plot(depths, control, "--", color=COLOURS["grey"], label="network, no edit")
         for number, name in enumerate(whole):
-            ax.plot(depths, whole[name], "-o", color=colour_of(number), markersize=4, label=f"network, {name}")
-            ax.plot(depths, block[name], ":s", color=colour_of(number), markersize=3, label=f"one block, {name}")
+            colour = shade(number, len(whole))
+            ax.plot(depths, whole[name], "-o", color=colour, markersize=4, label=f"network, {name}")
+            ax.plot(depths, block[name], ":s", color=colour, markersize=3, label=f"one block, {name}")
         ax.set(title=title, xlabel="number of blocks", ylabel="relative error", xscale="log", yscale="log")
         ax.set_ylim(1e-17, 10)
         ax.set_xticks(depths, [str(depth) for depth in depths])
         ax.minorticks_off()
         ax.legend(**UNDER, labelspacing=0.2)
     said = "; ".join(
-        f"{name}: whole network from {whole[name][0]:.0e} to {whole[name][-1]:.0e}, one block at most "
-        f"{max(block[name]):.0e}"
+        f"{name}: whole network from {scientific(whole[name][0])} to {scientific(whole[name][-1])}, one block at most "
+        f"{scientific(max(block[name]))}"
         for name in whole
     )
     return Figure(
@@ -155,7 +161,7 @@ def varied(runs: Sequence[Mapping[str, Any]], name: str, label: str) -> Figure:
     """
     with figure(width=3.3, height=3.1) as (fig, ax):
         for number, run in enumerate(runs):
-            colour = colour_of(number)
+            colour = shade(number, len(runs))
             steps = run["experiment"]["steps"]
             low, median, high = (np.array(run["experiment"][part], dtype=float) for part in ("low", "median", "high"))
             ax.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
