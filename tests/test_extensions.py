@@ -15,6 +15,7 @@ import page_assets
 import previews
 import pytest
 import repository
+import symbols
 from conftest import ROOT
 from docutils import nodes
 from pybtex.database import parse_string
@@ -22,7 +23,7 @@ from sphinx.errors import ConfigError
 
 from icl_lib.widgets.page import page_html
 
-MODULES = [bibliography, claims, docstrings, execution, markup, notebooks, page_assets, previews, repository]
+MODULES = [bibliography, claims, docstrings, execution, markup, notebooks, page_assets, previews, repository, symbols]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

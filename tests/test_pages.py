@@ -361,6 +361,17 @@ def test_links_to_a_page_have_a_preview(site: Path):
         assert all(address.startswith(("https://", "http://")) for address in addresses), name
 
 
+def test_each_symbol_leads_to_where_its_chapter_has_it(site: Path):
+    page = (site / "book" / "notation.html").read_text(encoding="utf-8")
+    symbols = re.findall(
+        r'(?:<a [^>]*href="([\w-]+\.html)#([^"]+)"[^>]*>)?<span class="math',
+        "".join(re.findall(r'<tr class="row-(?:odd|even)"><td>(.*?)</td>', page, re.DOTALL)),
+    )
+    assert sum(bool(name) for name, _ in symbols) > 0.9 * len(symbols) > 100
+    for name, anchor in {symbol for symbol in symbols if symbol[0]}:
+        assert f'id="{anchor}"' in (site / "book" / name).read_text(encoding="utf-8"), (name, anchor)
+
+
 def test_citations_match_the_bibliography(site: Path):
     page = (site / "book" / "bibliography.html").read_text(encoding="utf-8")
     entries = re.findall(r'<div class="citation" id="([^"]+)".*?>\n(.*?)\n</div>', page, re.DOTALL)
@@ -486,6 +497,18 @@ def test_what_is_too_wide_for_a_phone_has_a_shadow_where_it_goes_on(
                     row = picture.convert("L").crop((3, picture.height - 6, picture.width - 3, picture.height - 5))
                     ends, middle = (row.getpixel((0, 0)), row.getpixel((row.width - 1, 0))), row.getpixel((40, 0))
                 assert tuple(abs(end - middle) > 20 for end in ends) == shadow
+
+
+@on_disk
+@pytest.mark.parametrize("width", [PHONE["width"], 1280])
+def test_the_tables_of_notation_fit_their_column(browser: Browser, address: str, width: int):
+    with visiting(browser, address, viewport={"width": width, "height": 900}) as visit:
+        visit.page.goto(f"{address}/book/notation.html")
+        settle(visit.page)
+        wider = "(all) => all.filter((table) => table.offsetWidth > table.parentElement.clientWidth + 1).length"
+        tables = visit.page.locator("table.notation")
+        assert tables.count() > 5
+        assert tables.evaluate_all(wider) == 0
 
 
 INKS = """() => {
