@@ -10,6 +10,7 @@ import claims
 import docstrings
 import execution
 import markup
+import meanings
 import notebooks
 import page_assets
 import previews
@@ -23,7 +24,19 @@ from sphinx.errors import ConfigError
 
 from icl_lib.widgets.page import page_html
 
-MODULES = [bibliography, claims, docstrings, execution, markup, notebooks, page_assets, previews, repository, symbols]
+MODULES = [
+    bibliography,
+    claims,
+    docstrings,
+    execution,
+    markup,
+    meanings,
+    notebooks,
+    page_assets,
+    previews,
+    repository,
+    symbols,
+]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -301,3 +314,15 @@ def test_labels_name_the_authors_as_citations_do():
 def test_a_page_without_folds_or_viewport_is_not_changed():
     page = '<head><meta name="description" content="viewport"></head><summary aria-label="Contents">…</summary>'
     assert markup.corrected(page) == page
+
+
+def test_every_symbol_with_one_atom_on_the_notation_page_is_explained():
+    everywhere, own = meanings.by_page((ROOT / "book" / "notation.md").read_text(encoding="utf-8"))
+    assert everywhere["\\boldsymbola_0"] == "a₀: the MLP's input without the removed part"
+    assert "A" not in everywhere, "a bare letter holds only on the pages of its section"
+    assert own["trained-attention"]["A"] != own["deriving"]["A"]
+    for page in own.values():
+        for symbol, meaning in page.items():
+            assert not re.search(r"\\|\$|^, |, :", meaning), (symbol, meaning)
+    said = meanings.explained(r"(W + \Delta W)\, \boldsymbol a_0 = W \boldsymbol a_C", own["deriving"])
+    assert [line.split(":")[0] for line in said.split("\n")] == ["W, b", "ΔW", "a₀", "a_C"]

@@ -24,7 +24,7 @@ document.addEventListener("DOMContentLoaded", () => {
 
 // A line may be broken on either side of a formula, even before a comma. A formula and its punctuation go into one box.
 document.addEventListener("DOMContentLoaded", () => {
-  for (const formula of document.querySelectorAll(".bd-article span.math")) {
+  for (const formula of document.querySelectorAll(".bd-article abbr.symbols, .bd-article :not(abbr) > span.math")) {
     const [before, after] = [formula.previousSibling, formula.nextSibling];
     const opening = before instanceof Text ? before.data.match(/[([“‘]+$/)?.[0].length ?? 0 : 0;
     const closing = after instanceof Text ? after.data.match(/^[^\s\p{L}\p{N}([“‘]+/u)?.[0].length ?? 0 : 0;
@@ -39,4 +39,21 @@ document.addEventListener("DOMContentLoaded", () => {
       box.append(after);
     }
   }
+});
+
+// A finger cannot point: tapping a formula shows, below it, what its symbols mean. Another tap puts it away.
+document.addEventListener("click", (event) => {
+  const shown = document.querySelector(".symbols-shown");
+  shown?.remove();
+  const formula = event.target.closest?.("abbr.symbols");
+  if (!formula || shown?.formula === formula || event.target.closest("a, button, summary")) return;
+  const said = Object.assign(document.createElement("span"), { className: "symbols-shown", textContent: formula.title, formula });
+  said.setAttribute("role", "status");
+  document.body.append(said);
+  const at = formula.getBoundingClientRect();
+  said.style.top = `${at.bottom + window.scrollY + 6}px`;
+  said.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - said.offsetWidth - 8))}px`;
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") document.querySelector(".symbols-shown")?.remove();
 });
