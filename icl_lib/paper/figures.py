@@ -48,10 +48,10 @@ COLOURS = {
 }
 """The colours of the book.
 
-Four of them have a role on every page: with the prompt (vermillion, often :data:`WIDE`), with edited weights (blue), the
-truth (green), and bare, without prompt and edit (grey, as all controls). Purple and ochre are free; :func:`shade` goes
-from one to the other. Each has a contrast of at least 3 with white and with dark pages. Colour-blind readers can tell the
-first three apart."""
+Four of them have a role on every page: with the prompt (vermillion, often :data:`WIDE`), with edited weights (blue),
+the truth (green), and bare, without prompt and edit (grey, as all controls). Purple and ochre are free; :func:`shade`
+goes from one to the other. Each has a contrast of at least 3 with white and with dark pages. Colour-blind readers can
+tell the first three apart."""
 
 STYLE = {
     "axes.edgecolor": INK,
