@@ -249,7 +249,7 @@ def test_the_pictures_say_what_they_show():
     drawn = plots.bars(["one", "none"], {"right": [0.5, 0.0], "control": [0.25, 0.0]}, "shares", controls=["control"])
     assert drawn.alt == "shares. one: 50% right, 25% control; none: 0% right, 0% control."
     points = {"trained": (torch.tensor([1.0, -1.0, 2.0, 0.5]), torch.tensor([0.5, -2.0, 1.0, -0.1]))}
-    assert "the signs agree for 75% of 4 prompts" in plots.agreement(points, controls=[], title="edit").alt
+    assert "the signs agree for 75% of 4 prompts" in plots.agreement(points, controls=[]).alt
     heads = plots.head_columns(torch.tensor([[0.1, 0.75], [0.5, 0.2]]), ("x", "y"), "heads", largest=0.75)
     assert "x up to 0.50, y up to 0.75" in heads.alt
     ticks = plots.curves((1, 2, 4), {"a": [1, 2, 3]}, "t", "alt", xscale="log", xticks=(1, 2, 4), xticklabels=(1, 2, 4))

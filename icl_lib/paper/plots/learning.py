@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, colour_of, figure, heat_map
+from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, figure, heat_map, shade
 
 PALE = {"color": COLOURS["grey"], "linestyle": "--"}
 
@@ -18,6 +19,7 @@ def curves(
     title: str,
     alt: str,
     controls: Collection[str] = (),
+    colours: Mapping[str, str] = MappingProxyType({}),
     mark: tuple[float | int, str] | None = None,
     width: float | int = 3.3,
     **axes: Any,
@@ -25,12 +27,14 @@ def curves(
     """Draw a curve for each of ``series``; controls are grey.
 
     Args:
+        colours: of the series that have a role, by name. The others go from purple to ochre.
         mark: a place on the x axis for a vertical line, and its name.
         axes: properties of the axes, such as ``xlabel`` and ``yscale``.
     """
     with figure(width=width, height=3.5) as (fig, ax):
         for number, (name, values) in enumerate(series.items()):
-            style = PALE if name in controls else {"color": colour_of(number), "marker": "o", "markersize": 4}
+            colour = _colour(number, name, series, controls, colours)
+            style = PALE if name in controls else {"color": colour, "marker": "os^D"[number % 4], "markersize": 5}
             ax.plot(x, values, label=name, **style)
         if mark is not None:
             ax.axvline(mark[0], color=INK, linewidth=0.8, linestyle=":", label=mark[1])
@@ -46,46 +50,60 @@ def answers(right: Any, said: Any, title: str) -> Figure:
     right, said = np.asarray(right), np.asarray(said)
     ends = (0, max(right.max(), said.max()) + 1)
     with figure(width=3.9, height=3.7) as (fig, ax):
-        ax.plot(ends, ends, color=COLOURS["grey"], linestyle="--", linewidth=1)
-        ax.plot(right, said, "o", color=COLOURS["blue"], alpha=0.45, markeredgewidth=0)
+        ax.plot(ends, ends, color=COLOURS["green"], linestyle="--")
+        ax.plot(right, said, "o", color=COLOURS["vermillion"], alpha=0.45, markeredgewidth=0)
         ax.set(title=title, xlabel="right answer", ylabel="the model’s answer", aspect="equal", xlim=ends, ylim=ends)
     hit, off = np.mean(right == said), np.abs(right - said).mean()
     return Figure(fig, f"{title}: {hit:.0%} of {len(right)} answers are right; on average they are {off:.1f} off.")
 
 
-def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], title: str, controls: Collection[str]) -> Figure:
-    """Draw shares as horizontal bars, one group for each name; controls are grey."""
-    with figure(width=4.8, height=0.9 + 0.36 * len(names)) as (fig, ax):
-        place, thick = np.arange(len(names)), 0.8 / len(series)
+def bars(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    what: str,
+    controls: Collection[str],
+    colours: Mapping[str, str | Sequence[str]] = MappingProxyType({}),
+) -> Figure:
+    """Draw shares as horizontal bars, one group for each name; controls are grey.
+
+    Args:
+        what: is shown, for the text alternative.
+        colours: of the series that have a role, by name: one for all bars, or one for each. Of two series in one
+            colour the first is pale.
+    """
+    with figure(width=4.1, height=0.9 + max(0.36, 0.17 * len(series)) * len(names)) as (fig, ax):
+        place, thick, used = np.arange(len(names)), 0.8 / len(series), list(colours.values())
         for number, (name, values) in enumerate(series.items()):
-            colour = COLOURS["grey"] if name in controls else colour_of(number)
-            drawn = ax.barh(place + thick * (number - (len(series) - 1) / 2), values, thick, color=colour, label=name)
+            colour = _colour(number, name, series, controls, colours)
+            pale = name in colours and colours[name] in used[1 + list(colours).index(name) :]
+            at = place + thick * (number - (len(series) - 1) / 2)
+            drawn = ax.barh(at, values, thick, color=colour, alpha=0.5 if pale else 1, label=name)
             ax.bar_label(drawn, [f"{value:.0%}" for value in values], padding=3, fontsize="small")
-        ax.set(title=title, xlim=(0, 1.12), xticks=(), yticks=place)
+        ax.set(xlim=(0, 1.15), xticks=(), yticks=place)
         ax.set_yticklabels(names)
         ax.tick_params(length=0)
         ax.spines["bottom"].set_visible(False)
         ax.invert_yaxis()
         ax.grid(visible=False)
-        ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.02), fontsize="small")
+        if len(series) > 1:
+            ax.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.4, -0.02), fontsize="small", columnspacing=1)
     said = "; ".join(
         f"{name}: " + ", ".join(f"{value:.0%} {series_name}" for series_name, value in zip(series, row, strict=True))
         for name, *row in zip(names, *series.values(), strict=True)
     )
-    return Figure(fig, f"{title}. {said}.")
+    return Figure(fig, f"{what}. {said}.")
 
 
-def agreement(points: Mapping[str, tuple[Any, Any]], controls: Collection[str], title: str) -> Figure:
+def agreement(points: Mapping[str, tuple[Any, Any]], controls: Collection[str]) -> Figure:
     """Draw the measured against the predicted fall of a loss, ``(predicted, measured)`` by the name of the network."""
     points = {name: (np.asarray(predicted), np.asarray(measured)) for name, (predicted, measured) in points.items()}
-    with figure(width=4.4, height=3.7) as (fig, ax):
-        for number, (name, (predicted, measured)) in enumerate(points.items()):
-            colour = COLOURS["grey"] if name in controls else colour_of(number)
+    with figure(width=4.1, height=3.7) as (fig, ax):
+        for name, (predicted, measured) in points.items():
+            colour = COLOURS["grey" if name in controls else "blue"]
             ax.plot(predicted, measured, ".", color=colour, alpha=0.6, label=name)
         for draw in (ax.axhline, ax.axvline):
             draw(0, color=INK, linewidth=0.8, alpha=0.5)
         ax.set(
-            title=title,
             xlabel="fall to first order, $-\\langle\\nabla L, \\Delta W\\rangle$",
             ylabel="fall of the loss",
         )
@@ -97,7 +115,7 @@ def agreement(points: Mapping[str, tuple[Any, Any]], controls: Collection[str], 
         f"{name}: the signs agree for {np.mean(np.sign(p) == np.sign(m)):.0%} of {len(p)} prompts"
         for name, (p, m) in points.items()
     )
-    return Figure(fig, f"{title}: the fall of the loss against its prediction to first order. {counts}.")
+    return Figure(fig, f"The fall of the loss against its prediction to first order. {counts}.")
 
 
 def head_columns(sizes: Any, columns: Sequence[str], title: str, largest: float) -> Figure:
@@ -111,3 +129,15 @@ def head_columns(sizes: Any, columns: Sequence[str], title: str, largest: float)
         ax.tick_params(length=0)
     top = ", ".join(f"{name} up to {size:.2f}" for name, size in zip(columns, sizes.max(0), strict=True))
     return Figure(fig, f"{title}: heat map of what {len(sizes)} heads write: {top}.")
+
+
+def _colour(
+    number: int, name: str, series: Collection[str], controls: Collection[str], colours: Mapping[str, Any]
+) -> Any:
+    """The colour of a series, or one for each of its bars: that of its role, or its own."""
+    if name in controls:
+        return COLOURS["grey"]
+    if name not in colours:
+        return shade(number, len(series) - sum(each in controls for each in series))
+    given = colours[name]
+    return COLOURS[given] if isinstance(given, str) else [COLOURS[one] for one in given]
