@@ -122,22 +122,30 @@ class Report:
             + (f" {self.cause}" if self.cause and not self.holds else ""),
         )
 
-    def _table(self, form: str) -> str:
-        return tabulate(self.rows(), headers="keys", tablefmt=form, floatfmt=".1e")
+    def _table(self, form: str, written: Callable[[float, int], str]) -> str:
+        cells = [
+            {name: written(value, 2) if isinstance(value, float) else value for name, value in row.items()}
+            for row in self.rows()
+        ]
+        return tabulate(cells, headers="keys", tablefmt=form, disable_numparse=True, stralign="right")
 
     def __str__(self) -> str:
-        head, verdict = self._summary(lambda value, digits: f"{value:.{digits - 1}e}")
-        return f"{head}\n\n{self._table('simple')}\n\n{verdict}"
+        def written(value: float, digits: int) -> str:
+            return f"{value:.{digits - 1}e}"
+
+        head, verdict = self._summary(written)
+        return f"{head}\n\n{self._table('simple', written)}\n\n{verdict}"
 
     def _repr_html_(self) -> str:
-        head, verdict = self._summary(
-            lambda value, digits: scientific(value, digits) if math.isfinite(value) else str(value)
-        )
+        def written(value: float, digits: int) -> str:
+            return scientific(value, digits) if math.isfinite(value) else str(value)
+
+        head, verdict = self._summary(written)
         # Where the table is wider than the page it scrolls: tabindex makes it reachable with the keyboard.
         return (
             '<div class="icl-report" style="overflow-x:auto" '
             'tabindex="0" role="region" aria-label="Verification report">'
-            f"<p>{head}</p>{self._table('html')}<p>{html.escape(verdict, quote=False)}</p></div>"
+            f"<p>{head}</p>{self._table('html', written)}<p>{html.escape(verdict, quote=False)}</p></div>"
         )
 
 
