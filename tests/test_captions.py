@@ -34,7 +34,8 @@ def test_a_caption_and_its_output_are_one_figure(site, page):
 
 
 def test_a_table_aligns_numbers_and_marks_rounding():
-    text = table([{"edit": "own", "error": 2e-16, "control": 0.3}, {"edit": "none", "error": 0.2, "control": 2.0}]).data
+    rows = [{"edit": "own", "error": 2e-16, "control": 0.3}, {"edit": "none", "error": 0.2, "control": 3e-10}]
+    text = table(rows).data
     rule, own, none = text.split("\n")[1:]
     assert re.fullmatch(r"\|:-+\|-+:\|-+:\|", rule)
     assert [line.count("icl-rounding") for line in (own, none)] == [1, 0]

@@ -12,14 +12,14 @@ from tabulate import tabulate
 from icl_lib.measures import scientific
 
 _NUMBER = re.compile(r"[≤<>≥≈]?\s?[−+-]?\d.*")
-_ROUNDING = re.compile(r"≤?\s?−?\d(?:\.\d+)?\s×\s10⁻(?:⁹|[¹²³][⁰¹²³⁴⁵⁶⁷⁸⁹])")
+_ROUNDING = re.compile(r"≤?\s?−?\d(?:\.\d+)?\s×\s10⁻(?:¹[¹²³⁴⁵⁶⁷⁸⁹]|[²³][⁰¹²³⁴⁵⁶⁷⁸⁹])")
 
 
 def table(rows: Iterable[Mapping[str, Any]], digits: int = 1) -> Markdown:
     """A table whose columns are the keys of its rows.
 
     Floats are written by :func:`~icl_lib.measures.scientific`, other values as they are. Columns of numbers are aligned
-    at the right. Errors of the size of rounding, below 10⁻⁹, are marked, so that the eye tells them from the controls.
+    at the right. Errors of the size of rounding, below 10⁻¹⁰, are marked, so that the eye tells them from the controls.
 
     Args:
         rows: dictionaries with the same keys.
