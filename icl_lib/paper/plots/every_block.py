@@ -97,10 +97,11 @@ def renumberings(values: Sequence[float], measured: float) -> Figure:
         ax.annotate("as trained", (measured, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
         ax.set(xlabel="alignment of the two blocks’ updates", ylabel="number of orders")
     below = np.mean(np.asarray(values) < measured)
+    low, high, found = (signed(value, ".2f") for value in (min(values), max(values), measured))
     return Figure(
         fig,
-        f"Histogram of the alignment over {len(values)} orders of the hidden units, from {min(values):.2f} to "
-        f"{max(values):.2f}. As trained it is {measured:.2f}, larger than in {below:.0%} of them.",
+        f"Histogram of the alignment over {len(values)} orders of the hidden units, from {low} to {high}. As trained "
+        f"it is {found}, larger than in {below:.0%} of them.",
     )
 
 
