@@ -4,6 +4,7 @@
 - ``ICL_LIB_BOOK_BUILD=1`` tells the library's widgets to draw in advance what the page will show.
 - Jupyter Book caches the outputs of a chapter until the chapter changes. The outputs also depend on the library, on
   the data and on the installed packages. Each state of these has its own cache. Comments and layout do not count.
+- Chapters that are not in the cache run before the pages are read, as many at a time as there are cores, each on one.
 - Each chapter notes how long it ran and how much memory it took.
 - If a cell fails, its traceback is the last thing that the build prints.
 """
@@ -20,15 +21,23 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from jupyter_cache import get_cache
+from jupyter_cache.base import CacheBundleIn
+from jupyter_cache.executors.utils import ExecutionResult, single_nb_execution
+from myst_nb.core.read import create_nb_reader
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from sphinx.util import logging
 
+LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 TOOK = "took.json"
 """The seconds and the memory that each page took when it ran, by page."""
@@ -96,13 +105,16 @@ def watch_kernels(page: Callable[[], str], note: Callable[[str, dict[str, float]
     """
     run_cell, clean_up = NotebookClient.async_execute_cell, NotebookClient._async_cleanup_kernel
     begun: dict[int, float] = {}  # by the process of the kernel
+    failed: set[str] = set()
 
     async def run_and_tell(client: NotebookClient, cell: Any, *args: Any, **kwargs: Any) -> Any:
         begun.setdefault(client.km.provisioner.pid, time.monotonic())
         try:
             return await run_cell(client, cell, *args, **kwargs)
         except CellExecutionError as error:
-            atexit.register(print, f"\n{page()}: a cell failed.\n{error.traceback}", file=sys.stderr)
+            if page() not in failed:
+                failed.add(page())
+                atexit.register(print, f"\n{page()}: a cell failed.\n{error.traceback}", file=sys.stderr)
             raise
 
     async def note_and_clean_up(client: NotebookClient) -> None:
@@ -127,16 +139,64 @@ def prepare(app: Any, config: Any) -> None:
         versions = [f"python=={platform.python_version()}", *installed_versions(listed)]
         key = cache_key([ROOT / "icl_lib", ROOT / "book" / "data"], versions)
         config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
+        app.connect("env-before-read-docs", run_ahead)
     folder = Path(config.nb_execution_cache_path or Path(app.outdir).parent)
-    watch_kernels(lambda: app.env.docname, lambda *took: remember(folder / TOOK, *took))
+    watch_kernels(
+        lambda: getattr(_running, "page", None) or app.env.docname, lambda *took: remember(folder / TOOK, *took)
+    )
     app.connect("build-finished", lambda app, _: offer_measurements(folder / TOOK, Path(app.outdir).parent / TOOK))
+
+
+def run_ahead(app: Any, env: Any, pages: list[str]) -> None:
+    """Run the pages that the cache does not have, and put their outputs there.
+
+    A page with a cell that fails is left out: it fails again, and is reported, when it is read.
+    """
+    cache, missing = get_cache(app.config.nb_execution_cache_path), {}
+    for page in pages:
+        file = Path(env.doc2path(page))
+        text = file.read_text(encoding="utf-8")
+        reader = create_nb_reader(str(file), env.myst_config, env.mystnb_config, text)
+        notebook = reader and reader.read(text)
+        if notebook and any(cell.cell_type == "code" for cell in notebook.cells):
+            try:
+                cache.match_cache_notebook(notebook)
+            except KeyError:
+                missing[page] = notebook
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    longest_first = sorted(missing, key=lambda page: -sum(len(cell.source) for cell in missing[page].cells))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = threads or "1"
+    with ThreadPoolExecutor(cores) as pool:
+        runs = {pool.submit(run, page, missing[page], env): page for page in longest_first}
+        for done in as_completed(runs):
+            page, result = runs[done], done.result()
+            if result.err is None:
+                bundle = CacheBundleIn(missing[page], env.doc2path(page), data={"execution_seconds": result.time})
+                cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+                LOGGER.info("%s: executed in %.0f seconds", page, result.time)
+    if threads is None:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+_running = threading.local()
+"""The page that runs in a thread."""
+_one_at_a_time = threading.Lock()
+
+
+def run(page: str, notebook: Any, env: Any) -> ExecutionResult:
+    """Run one page in this thread; its outputs are in the notebook afterwards."""
+    _running.page = page
+    timeout = env.mystnb_config.execution_timeout
+    return single_nb_execution(notebook, cwd=str(Path(env.doc2path(page)).parent), timeout=timeout, allow_errors=False)
 
 
 def remember(file: Path, page: str, took: dict[str, float]) -> None:
     """Keep what a page took in a file beside the cache, so that a page from the cache keeps it."""
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**known, page: took}, indent=2), encoding="utf-8")
+    with _one_at_a_time:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**known, page: took}, indent=2), encoding="utf-8")
 
 
 def offer_measurements(kept: Path, file: Path) -> None:
