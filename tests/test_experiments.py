@@ -130,5 +130,6 @@ def test_a_right_answer_outside_the_axes_is_named_in_the_legend(limits, outside)
 
 
 def test_where_a_prompt_writes_is_said_in_words():
-    picture = plots.written([[0.0, 1.0], [3.0, 0.5]], ["2", "+"], "edits")
-    assert picture.alt.endswith("The largest, 3, is in block 2 at token 1, '2'.")
+    picture = plots.written({"inner": [[0.0, 1.0], [3.0, 0.5]], "outer": [[0.0, 1.0]]}, ["2", "+"], "2(a+b)")
+    assert "The largest of the inner edits, 3, is in block 2 at token 1, '2'." in picture.alt
+    assert picture.alt.endswith("The largest of the outer edits, 1, is in block 1 at token 2, '+'.")

@@ -79,10 +79,10 @@ def test_hooks_are_removed_if_the_model_fails():
 
 
 def test_pictures_of_edits_can_share_a_colour_scale():
-    small, large = [[0.0, 1.0]], [[0.0, 3.0]]
+    small, large = {"inner": [[0.0, 1.0]]}, {"inner": [[0.0, 3.0]]}
 
     def draw(sizes, **scale):
         return plots.written(sizes, ["2", "+"], "edits", **scale).svg
 
-    assert draw(large, largest=3.0) == draw(large)  # its own scale is the shared one
-    assert draw(small, largest=3.0) != draw(small)
+    assert draw(large, largest={"inner": 3.0}) == draw(large)  # its own scale is the shared one
+    assert draw(small, largest={"inner": 3.0}) != draw(small)

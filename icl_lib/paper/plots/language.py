@@ -10,29 +10,36 @@ import numpy as np
 from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, figure, heat_map
 
 
-def written(sizes: Any, tokens: Sequence[str], title: str, largest: float | None = None) -> Figure:
-    """Draw the size of each block's edits at each token as a heat map.
+def written(
+    sizes: Mapping[str, Any], tokens: Sequence[str], title: str, largest: Mapping[str, float] | None = None
+) -> Figure:
+    """Draw the size of the edits at each token in each block: one heat map for each kind of edit, side by side.
 
     Args:
-        sizes: ``[blocks, tokens]``.
-        tokens: the labels of the columns.
+        sizes: for each kind of edit ``[blocks, tokens]``.
+        tokens: the labels of the rows, from top to bottom.
         title: of the figure.
-        largest: the upper end of the colour scale, so that several figures can share one; by default the largest size.
+        largest: for each kind the upper end of its colour scale, so that several figures can share it; by default the
+            largest size.
     """
-    sizes = np.asarray(sizes)
-    with figure(width=6.4, height=2.6) as (fig, ax):
-        picture = heat_map(ax, sizes, largest or sizes.max(), cmap="viridis", vmin=0, aspect="auto")
-        ax.set(title=title, ylabel="block")
-        ax.set_xticks(range(len(tokens)), tokens)
-        ax.set_yticks(range(len(sizes)), [str(block + 1) for block in range(len(sizes))])
-        ax.tick_params(length=0)
-        fig.colorbar(picture, ax=ax, shrink=0.9, label="norm of the edits")
-    block, token = np.unravel_index(sizes.argmax(), sizes.shape)
-    return Figure(
-        fig,
-        f"{title}: heat map of the size of the edits, {len(sizes)} blocks by {len(tokens)} tokens. The largest, "
-        f"{sizes.max():.2g}, is in block {block + 1} at token {token + 1}, {tokens[token]!r}.",
-    )
+    said = []
+    with figure(width=4.1, height=1.6 + 0.21 * len(tokens), columns=len(sizes), sharey=True) as (fig, axes):
+        for ax, (kind, given) in zip(np.atleast_1d(axes), sizes.items(), strict=True):
+            matrix = np.asarray(given).T
+            top = largest[kind] if largest else matrix.max()
+            picture = heat_map(ax, matrix, top, cmap="viridis", vmin=0, aspect="auto")
+            ax.set(title=f"{kind} edits", xlabel="block")
+            ax.set_xticks(range(matrix.shape[1]), [str(block + 1) for block in range(matrix.shape[1])])
+            ax.set_yticks(range(len(tokens)), tokens)
+            ax.tick_params(length=0)
+            fig.colorbar(picture, ax=ax, orientation="horizontal", label="norm of the edits")
+            token, block = np.unravel_index(matrix.argmax(), matrix.shape)
+            said.append(
+                f"The largest of the {kind} edits, {matrix.max():.2g}, is in block {block + 1} at token {token + 1}, "
+                f"{tokens[token]!r}."
+            )
+        fig.suptitle(title)
+    return Figure(fig, f"{title}: size of the edits at {len(tokens)} tokens, as heat maps. {' '.join(said)}")
 
 
 def stream_sizes(sizes: Mapping[str, Sequence[float]]) -> Figure:
