@@ -89,9 +89,11 @@ def test_a_broken_formula_fails_the_build(tmp_path, site):
 
 @pytest.fixture(scope="module")
 def small_book(tmp_path_factory) -> Path:
-    """The built pages of a book with one page, for a site with an address."""
+    """The built pages of a book with two pages, for a site with an address."""
     folder = copy_of_the_project(tmp_path_factory.mktemp("small"))
-    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
+    (folder / "_toc.yml").write_text("format: jb-book\nroot: book/page\nchapters: [{file: book/second}]\n")
+    second = PAGE.replace("---\n", "---\nafter: page\n", 1).replace("# A page", "# A second page\n\nIt is short.")
+    (folder / "book" / "second.md").write_text(second % "print('fine')")
     cell = "import time\nfor number in range(4):\n    print(number, flush=True)\n    time.sleep(0.3)"
     (folder / "book" / "page.md").write_text(PAGE.replace("# A page\n", "# A page\n\nOne sentence.\n") % cell)
     with pytest.MonkeyPatch.context() as patch:
@@ -123,6 +125,23 @@ def test_a_site_with_an_address_has_pictures_in_its_previews(small_book):
     assert picture.startswith(b"\x89PNG")
     assert struct.unpack(">II", picture[16:24]) == (1200, 630)
     assert len(picture) < 60_000
+
+
+def test_a_chapter_has_its_own_picture_and_says_how_to_read_and_cite_it(small_book):
+    page = (small_book / "book" / "second.html").read_text(encoding="utf-8")
+    address = "https://example.org/paper/book/second.html"
+    assert page.count('content="https://example.org/paper/_static/preview-second.png"') == 1
+    own, shared = (small_book / "_static" / name for name in ("preview-second.png", "preview.png"))
+    assert own.read_bytes() != shared.read_bytes()
+    byline = re.search(r'</h1>\n<p class="byline">(.*?)</p>', page)[1]
+    assert byline.startswith('1 minute · read <a href="page.html">A page</a> first · version ')
+    assert f"The icl_lib authors · {address}" in byline
+    entry = re.search(r'<details class="cite">.*?<pre>(.*?)</pre>', page, re.DOTALL)[1]
+    assert re.match(r"@incollection{icl-lib-second,\n  author    = {{The icl_lib authors}},\n", entry)
+    assert f"  url       = {{{address}}},\n" in entry
+    first = (small_book / "book" / "page.html").read_text(encoding="utf-8")
+    assert 'class="byline"' not in first
+    assert "@misc{icl-lib," in first
 
 
 def test_an_address_that_is_none_fails_the_build(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import doctest
 import re
 
 import bibliography
+import byline
 import claims
 import docstrings
 import execution
@@ -26,6 +27,7 @@ from icl_lib.widgets.page import page_html
 
 MODULES = [
     bibliography,
+    byline,
     claims,
     docstrings,
     execution,

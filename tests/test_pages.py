@@ -13,6 +13,8 @@ from browser import CONTRASTS, Visit, settle, visiting
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
+import icl_lib
+
 EXACT = 1e-12
 WIDGET = '<div class="icl-widget"'
 PHONE = {"width": 390, "height": 844}
@@ -370,6 +372,22 @@ def test_each_symbol_leads_to_where_its_chapter_has_it(site: Path):
     assert sum(bool(name) for name, _ in symbols) > 0.9 * len(symbols) > 100
     for name, anchor in {symbol for symbol in symbols if symbol[0]}:
         assert f'id="{anchor}"' in (site / "book" / name).read_text(encoding="utf-8"), (name, anchor)
+
+
+def test_every_page_says_how_to_cite_it_and_every_chapter_what_to_read_first(site: Path):
+    version = f"version {icl_lib.__version__}"
+    entries, times = [], 0
+    for name in pages(site, "<article"):
+        page = (site / name).read_text(encoding="utf-8")
+        if not name.startswith("book/"):
+            continue
+        entries += re.findall(r'<details class="cite">.*?<pre>(@\w+{[\w-]+,)', page, re.DOTALL)
+        byline = re.findall(r'<p class="byline">(.*?)</p>', page)
+        assert len(byline) == (name != "book/index.html"), name
+        assert all(version in line for line in byline), name
+        times += len(byline) and bool(re.match(r"\d+ minutes? · read .* first", byline[0]))
+    assert len(set(entries)) == len(entries) == len([name for name in pages(site) if name.startswith("book/")])
+    assert times >= 10
 
 
 def test_citations_match_the_bibliography(site: Path):

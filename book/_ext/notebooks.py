@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import byline
 import execution
 import nbformat
 import yaml
@@ -174,6 +175,8 @@ class Book:
                 raise ValueError(f"{{{name}}}`{given}` on the page {here}: no page has this label.")
             page, title = self.titles[target]
             return text or title if page == here else self.link(page, text or title)
+        if name == "minutes":
+            return byline.duration(given)
         if name == "claim":  # a small link to the page of claims
             return ""
         if name in ("func", "class", "mod", "meth", "attr"):

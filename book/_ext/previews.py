@@ -47,13 +47,14 @@ def configure(app: Any, config: Any) -> None:
         config.ogp_custom_meta_tags = ('<meta name="twitter:card" content="summary_large_image" />',)
 
 
-def draw_card(path: Path, title: str) -> None:
-    """Draw the picture of a preview, 1200 × 630 pixels."""
+def draw_card(path: Path, title: str, below: str = "") -> None:
+    """Draw the picture of a preview, 1200 × 630 pixels, with a title and a line below the drawing."""
     from icl_lib.paper.figures import PLANE_EXAMPLE, draw_rank_one, figure
 
     with figure(width=8, height=4.2, columns=2) as (fig, planes):
         fig.get_layout_engine().set(w_pad=0.2, h_pad=0.15)
         fig.suptitle(title, fontsize=17, fontweight="bold")
+        fig.supxlabel(below, fontsize=12)
         draw_rank_one(planes, **PLANE_EXAMPLE)
         fig.savefig(path, dpi=150, facecolor="white")
 
@@ -100,6 +101,18 @@ def describe(app: Any, pagename: str, templatename: str, context: dict[str, Any]
         context["meta"] = {"og:description": text, **(context.get("meta") or {})}
 
 
+def picture(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
+    """Give a chapter a picture with its own title; the pages of the library share the book's."""
+    folder, _, page = pagename.rpartition("/")
+    if doctree is None or folder != "book" or pagename == app.config.root_doc or not app.config.ogp_image:
+        return
+    path = Path(app.outdir) / "_static" / f"preview-{page}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_card(path, re.sub(r"<[^>]+>", "", html.unescape(context["title"])), app.config.ogp_site_name)
+    tags = {"og:image": f"{app.config.ogp_site_url}_static/{path.name}", "og:image:alt": app.config.ogp_image_alt}
+    context["meta"] = {**(context.get("meta") or {}), **tags}
+
+
 def drop_relative(app: Any, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:
     """Remove addresses that are not absolute."""
     context["metatags"] = _RELATIVE.sub("", context.get("metatags") or "")
@@ -110,5 +123,6 @@ def setup(app: Any) -> dict[str, Any]:
     app.connect("config-inited", configure)
     app.connect("builder-inited", write_card)
     app.connect("html-page-context", describe, priority=400)
+    app.connect("html-page-context", picture, priority=400)
     app.connect("html-page-context", drop_relative, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
