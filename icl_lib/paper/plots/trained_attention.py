@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from icl_lib.paper.figures import COLOURS, INK, UNDER, WIDE, Figure, Row, colour_of, figure, heat_map
+from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, Row, figure, heat_map, shade
+
+PREDICTED = {"color": INK, "linewidth": 7, "alpha": 0.22}
+"""A wide pale line for what was computed beforehand, on which the curve found by training can lie."""
 
 
 def rates_found(steps: Sequence[int], rates: Any, best: Sequence[float]) -> Figure:
     """The rate of each layer during training ``[records, layers]``, with the best rates as wide lines."""
     with figure(width=3.4, height=3.5) as (fig, ax):
         for value in best:
-            ax.axhline(value, **WIDE)
+            ax.axhline(value, **PREDICTED)
         for layer, curve in enumerate(np.asarray(rates).T):
-            ax.plot(steps, curve, color=colour_of((0, 2, 3)[layer % 3]), label=f"layer {layer + 1}")
+            ax.plot(steps, curve, color=shade(layer, len(best)), label=f"layer {layer + 1}")
         ax.set(title="the rate of each layer", xlabel="training step", ylabel="$a_l$", ylim=(0, 1.2 * max(best)))
         ax.legend(ncols=3, **UNDER)
     ends = ", ".join(f"{value:.3f}" for value in np.asarray(rates)[-1])
@@ -34,7 +37,7 @@ def distances(steps: Sequence[int], to_inverse: Any, to_identity: Any) -> Figure
             ax.plot(steps, curve, color=COLOURS["grey"], linestyle="--", label="to $I$" if layer == 0 else None)
         for layer, curve in enumerate(np.asarray(to_inverse).T):
             label = rf"to $\Sigma^{{-1}}$, layer {layer + 1}"
-            ax.plot(steps, curve, color=colour_of((0, 2, 3)[layer % 3]), label=label)
+            ax.plot(steps, curve, color=shade(layer, len(to_inverse[0])), label=label)
         ax.set(title="distance to a multiple", xlabel="training step", ylabel="relative distance", yscale="log")
         ax.legend(ncols=2, **UNDER)
     first, last = np.asarray(to_inverse)[0].max(), np.asarray(to_inverse)[-1].max()
@@ -63,10 +66,10 @@ def matrices(named: Mapping[str, Any]) -> Row:
 def shrinkage(variances: Any, optimum: Any, examples: int, marked: Sequence[float]) -> Figure:
     r"""What the best layer multiplies a direction of variance $\lambda$ by, and $1/\lambda$."""
     variances, optimum = np.asarray(variances), np.asarray(optimum)
-    with figure(width=4.6, height=3.3) as (fig, ax):
+    with figure(width=4.1, height=3.3) as (fig, ax):
         ax.plot(variances, 1 / variances, color=COLOURS["grey"], linestyle="--", label=r"$1/\lambda$")
-        ax.plot(variances, optimum, color=COLOURS["blue"], label="the best layer")
-        ax.plot(marked, np.interp(marked, variances, optimum), "o", color=COLOURS["vermillion"], label="these inputs")
+        ax.plot(variances, optimum, color=COLOURS["purple"], label="the best layer")
+        ax.plot(marked, np.interp(marked, variances, optimum), "o", color=COLOURS["ochre"], label="these inputs")
         ax.set(
             title=f"{examples} examples", xlabel=r"variance of a direction, $\lambda$", ylabel="its rate",
             xscale="log", yscale="log", ylim=(0.05, 30),
@@ -78,12 +81,12 @@ def shrinkage(variances: Any, optimum: Any, examples: int, marked: Sequence[floa
 
 def drop(times: Any, found: Mapping[str, Any], predicted: Any, controls: Mapping[str, Any]) -> Figure:
     """A strength over time: the prediction as a wide line, training on it, and controls in grey."""
-    with figure(width=4.8, height=3.6) as (fig, ax):
-        ax.plot(times, predicted, **WIDE, label="closed form")
+    with figure(width=4.1, height=3.6) as (fig, ax):
+        ax.plot(times, predicted, **PREDICTED, label="closed form")
         for number, (name, curve) in enumerate(controls.items()):
             ax.plot(times, curve, color=COLOURS["grey"], linestyle=("--", ":")[number % 2], label=name)
         for number, (name, curve) in enumerate(found.items()):
-            ax.plot(times, curve, color=colour_of((0, 2, 3)[number % 3]), label=name)
+            ax.plot(times, curve, color=shade(number, len(found)), linestyle=_dashes(number), label=name)
         ax.set(xlabel="time", ylabel=r"strength, $\sigma$")
         ax.legend(ncols=2, **UNDER)
     ends = "; ".join(f"{name} {np.asarray(curve)[-1]:.3f}" for name, curve in {**found, **controls}.items())
@@ -99,13 +102,14 @@ def staircase(times: Any, losses: Mapping[str, Any], levels: Sequence[float], co
 
     A curve may be shorter than the times.
     """
-    with figure(width=4.8, height=3.7) as (fig, ax):
+    with figure(width=4.1, height=3.7) as (fig, ax):
         for number, level in enumerate(levels):
-            ax.axhline(level, **{**WIDE, "linewidth": 5}, label=None if number else "predicted plateaus")
+            ax.axhline(level, **{**PREDICTED, "linewidth": 5}, label=None if number else "predicted plateaus")
         for number, (name, curve) in enumerate(controls.items()):
             ax.plot(times[: len(curve)], curve, color=COLOURS["grey"], linestyle=("--", ":")[number % 2], label=name)
         for number, (name, curve) in enumerate(losses.items()):
-            ax.plot(times[: len(curve)], curve, color=colour_of((0, 2, 3)[number % 3]), label=name)
+            style = {"color": shade(number, len(losses)), "linestyle": _dashes(number)}
+            ax.plot(times[: len(curve)], curve, label=name, **style)
         ax.set(xlabel="time", ylabel="expected squared error", ylim=(0, 1.1 * max(levels)), xscale="log")
         ax.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         ax.legend(ncols=2, **UNDER)
@@ -115,3 +119,8 @@ def staircase(times: Any, losses: Mapping[str, Any], levels: Sequence[float], co
         "The expected squared error over training time. It falls in steps, and pauses at the predicted plateaus "
         f"{', '.join(f'{level:.3f}' for level in levels)}. At the end: {ends}.",
     )
+
+
+def _dashes(number: int) -> Any:
+    """The second of two curves that lie on each other has dashes."""
+    return "-" if number % 2 == 0 else (0, (4, 3))
