@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from icl_lib.paper.experiments.token_by_token import BesideSGD, Cosines, Estimate, TokenByToken
-from icl_lib.paper.figures import COLOURS, INK, UNDER, Axes, Figure, Row, colour_of, figure, heat_map
+from icl_lib.paper.figures import COLOURS, INK, UNDER, Axes, Figure, Row, figure, heat_map, shade
 
 
 def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -> Figure:
@@ -18,7 +18,7 @@ def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -
     """
     with figure(width=3.3, height=3.6) as (fig, ax):
         for number, (name, reading) in enumerate(readings.items()):
-            style = _style(number, name == control)
+            style = _style(number, len(readings), name == control)
             token = np.arange(1, len(reading.norms.mean) + 1)
             if reading.predicted is not None:
                 ax.plot(token, reading.predicted.mean, color=style["color"], linewidth=7, alpha=0.35)
@@ -40,8 +40,8 @@ def learning(reading: TokenByToken, sgd: Mapping[float, BesideSGD], title: str, 
     """The error at the query after each example, for reading and for SGD (Figure 4 of Dherin et al.)."""
     with figure(width=3.3, height=3.7) as (fig, ax):
         step = np.arange(len(reading.loss.mean))
-        for number, (rate, trained) in enumerate(sgd.items(), start=1):
-            _banded(ax, step, trained.loss, color=colour_of(number), linestyle="--", label=f"SGD, rate {rate:g}")
+        for number, (rate, trained) in enumerate(sgd.items()):
+            _banded(ax, step, trained.loss, color=shade(number, len(sgd)), linestyle="--", label=f"SGD, rate {rate:g}")
         _banded(ax, step, reading.loss, color=COLOURS["blue"], linewidth=2.4, label="reading, $W_i$")
         ax.set(title=title, xlabel="examples seen", ylabel="squared error at the query", yscale="log")
         if ceiling is not None:
@@ -60,12 +60,12 @@ def step_cosines(cosines: Mapping[str, Cosines], controls: Sequence[str], title:
     with figure(width=3.3, height=3.4) as (fig, ax):
         for number, (name, cosine) in enumerate(cosines.items()):
             token = np.arange(1, len(cosine.by_token.mean) + 1)
-            style = _style(number, name in controls)
+            style = _style(number, len(cosines), name in controls)
             if name in controls[1:]:
                 style["linestyle"] = "-."
             _banded(ax, token, cosine.by_token, label=name, **style)
         ceiling = next(iter(cosines.values())).ceiling
-        ax.axhline(ceiling, color=COLOURS["green"], linestyle=":", label=f"upper bound, {next(iter(cosines))}")
+        ax.axhline(ceiling, color=INK, linestyle=":", label=f"upper bound, {next(iter(cosines))}")
         ax.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         ax.set(title=title, xlabel="token", ylabel="cosine", ylim=(-0.25, 1.05))
         ax.legend(ncols=2, **UNDER)
@@ -83,8 +83,8 @@ def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
         before, after = reading.lms_before, reading.lms_after
         token = np.arange(1, len(before.mean) + 1)
         with figure(width=3.3, height=3.2) as (fig, ax):
-            _banded(ax, token, before, color=COLOURS["vermillion"], label="before")
-            _banded(ax, token, after, color=COLOURS["blue"], label="after")
+            _banded(ax, token, before, color=COLOURS["purple"], label="before")
+            _banded(ax, token, after, color=COLOURS["ochre"], label="after")
             ax.set(title=name, xlabel="token", ylabel="the token’s own loss", xscale="log", ylim=(0, None))
             ax.legend(ncols=2, **UNDER)
         pictures.append(
@@ -99,12 +99,12 @@ def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
 
 def ranks(left: Mapping[str, Estimate], whole: Estimate, control: str, bound: int) -> Figure:
     """The rank of the edit against removed tokens: from the left, for each network, and for the path $W_i$."""
-    with figure(width=4.4, height=3.5) as (fig, ax):
+    with figure(width=4.1, height=3.5) as (fig, ax):
         eaten = np.arange(len(whole.mean))
         for number, (name, rank) in enumerate(left.items()):
-            _banded(ax, eaten, rank, label=f"left, {name}", **_style(number, name == control))
+            _banded(ax, eaten, rank, label=f"left, {name}", **_style(number, len(left), name == control))
         ax.plot(eaten, np.minimum(eaten, bound), color=INK, linestyle=":", label="upper bound")
-        _banded(ax, eaten, whole, color=COLOURS["green"], label="$W_i - W$")
+        _banded(ax, eaten, whole, color=COLOURS["blue"], label="$W_i - W$")
         ax.set(xlabel="tokens removed", ylabel="rank of the edit", ylim=(0, bound + 1))
         ax.legend(ncols=2, **UNDER)
     ends = "; ".join(f"{name} {rank.mean[-1]:.1f}" for name, rank in left.items())
@@ -163,9 +163,9 @@ def scrubbed(
 def invented_losses(before: Sequence[float], after: Sequence[float], title: str) -> Figure:
     """Losses constructed from given steps, each before its step and after it."""
     token = np.arange(1, len(before) + 1)
-    with figure(width=4.4, height=3.2) as (fig, ax):
-        ax.plot(token, before, color=COLOURS["vermillion"], label="before")
-        ax.plot(token, after, color=COLOURS["blue"], label="after")
+    with figure(width=4.1, height=3.2) as (fig, ax):
+        ax.plot(token, before, color=COLOURS["purple"], label="before")
+        ax.plot(token, after, color=COLOURS["ochre"], label="after")
         ax.set(title=title, xlabel="step", ylabel="its loss")
         ax.legend(ncols=2, **UNDER)
     fell = np.mean(np.asarray(after) < np.asarray(before))
@@ -182,5 +182,5 @@ def _banded(ax: Axes, x: Any, series: Estimate, **style: Any) -> None:
     ax.plot(x, series.mean, **style)
 
 
-def _style(number: int, control: bool) -> dict[str, str]:
-    return {"color": COLOURS["grey"], "linestyle": "--"} if control else {"color": colour_of(number)}
+def _style(number: int, count: int, control: bool) -> dict[str, str]:
+    return {"color": COLOURS["grey"], "linestyle": "--"} if control else {"color": shade(number, count)}
