@@ -36,12 +36,12 @@ from icl_lib.paper.hidden_rule import (
     measure_steered,
     nearest_answers,
     of_blocks,
-    read_by_example,
     replies,
     sample_of_rules,
     sample_prompts,
 )
 from icl_lib.paper.hidden_rule.evaluation import _draw
+from icl_lib.paper.reading import read_by_example
 from icl_lib.paper.regression import sample_prompts as regression_prompts
 
 GRID = [(a, b) for a in range(1, 10) for b in range(1, 10)]
@@ -93,7 +93,7 @@ def test_the_model_finds_rules_of_training_only(model):
 
 def test_reading_by_example(model):
     prompts = sample_prompts(3, 3, seed=2)
-    found = read_by_example(model, prompts)
+    found = read_by_example(model, prompts.tokens, prompts.ends)
     torch.testing.assert_close(found.newest[:, 0], found.read[:, 0], rtol=1e-12, atol=0)
     assert (found.read < 1).all()
     assert (found.effective[:, 0] == 1).all()

@@ -3,7 +3,7 @@
 from icl_lib.paper.hidden_rule.checkpoint import export, load_hidden_rule, save_hidden_rule, tokenizer
 from icl_lib.paper.hidden_rule.evaluation import accuracy, measure, measure_edited, measure_swapped, replies
 from icl_lib.paper.hidden_rule.new_rules import measure_rules, nearest_answers, sample_of_rules
-from icl_lib.paper.hidden_rule.reading import ReadByExample, measure_cascade, of_blocks, read_by_example
+from icl_lib.paper.hidden_rule.reading import measure_cascade, of_blocks
 from icl_lib.paper.hidden_rule.reference import agreeing, ambiguous, best_accuracy, identified, posterior
 from icl_lib.paper.hidden_rule.task import (
     ANSWERS,

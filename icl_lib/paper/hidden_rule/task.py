@@ -204,6 +204,11 @@ class Prompts:
         """The number of tokens of the examples, with the comma after the last one."""
         return 6 * (self.pair.shape[1] - 1)
 
+    @property
+    def ends(self) -> list[int]:
+        """The number of tokens up to the end of each example, with its comma."""
+        return list(range(6, self.context_length + 1, 6))
+
     def by(self, rule: Int[Tensor, " count"]) -> Prompts:
         """Return the same pairs in the same order with another rule."""
         return replace(self, rule=rule)
