@@ -108,14 +108,10 @@ def visiting(browser: Browser, address: str, **options: object) -> Iterator[Visi
 
 
 def settle(page: Page) -> None:
-    """Wait until the fonts are loaded, the formulas typeset and the widgets started."""
+    """Wait until the fonts are loaded and the widgets started."""
     page.evaluate(
         """async () => {
           const until = async (ready) => { while (!ready()) await new Promise((done) => setTimeout(done, 20)); };
-          if (document.querySelector("script[src*='mathjax/']")) {
-            await until(() => window.MathJax?.startup?.promise);
-            await MathJax.startup.promise;
-          }
           await until(() => !document.querySelector(".icl-widget:not([data-ready])"));
           await document.fonts.ready;
         }"""

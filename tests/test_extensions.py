@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 
 import bibliography
@@ -10,6 +11,7 @@ import byline
 import claims
 import docstrings
 import execution
+import formulas
 import markup
 import meanings
 import notebooks
@@ -17,6 +19,7 @@ import page_assets
 import previews
 import pytest
 import repository
+import section_search
 import symbols
 from conftest import ROOT
 from docutils import nodes
@@ -31,12 +34,14 @@ MODULES = [
     claims,
     docstrings,
     execution,
+    formulas,
     markup,
     meanings,
     notebooks,
     page_assets,
     previews,
     repository,
+    section_search,
     symbols,
 ]
 
@@ -213,40 +218,57 @@ def test_bundle_puts_a_module_behind_those_that_it_imports():
 
 def test_scripts_that_a_page_keeps():
     scripts = [
-        ("_static/hidden_rule.js?v=1", "", ""),
         ("_static/widgets.js?v=1", "", ""),
         ("https://a.example/require.min.js", "", ""),
         ("https://b.example/dist/embed-amd.js", "", ""),
         ("", "application/vnd.jupyter.widget-state+json", "{}"),
         ("", "", 'const THEBE_JS_URL = "x"'),
-        ("", "", 'const THEBE_JS_URL = "x"'),
+        ("", "", "var twice;"),
+        ("", "", "var twice;"),
         ("_static/doctools.js", "", ""),
+        ("_static/clipboard.min.js", "", ""),
     ]
-    assert page_assets.used_scripts(scripts, "<p>") == [False, False, False, False, False, True, False, True]
-    ours = page_html("explore", {}, "")
-    assert page_assets.used_scripts(scripts, ours) == [False, True, False, False, False, True, False, True]
-    assert page_assets.used_scripts(scripts, page_html("puzzle", {}, "")) == [
-        True,
-        True,
-        False,
-        False,
-        False,
-        True,
-        False,
-        True,
-    ]
-    live = '<script type="application/vnd.jupyter.widget-view+json">'
-    assert page_assets.used_scripts(scripts, live) == [False, False, True, True, True, True, False, True]
+
+    def kept(body: str) -> list[int]:
+        return [i for i, keep in enumerate(page_assets.used_scripts(scripts, body)) if keep]
+
+    assert kept("<p>") == [5, 8]
+    assert kept(page_html("explore", {}, "")) == [0, 5, 8]
+    assert kept('<script type="application/vnd.jupyter.widget-view+json">') == [1, 2, 3, 5, 8]
 
 
-def test_prune_mathjax(tmp_path):
-    for name in ("tex-chtml.js", "tex-svg.js", "output/chtml/fonts/woff-v2/a.woff", "output/svg/fonts/tex.js"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    page_assets.prune_mathjax(tmp_path)
-    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
-    assert left == ["output/chtml/fonts/woff-v2/a.woff", "tex-chtml.js"]
-    assert not (tmp_path / "output" / "svg").exists()
+def test_the_rules_that_a_page_can_use():
+    css = """/* .gone{} */ @charset "utf-8"; a:not(.b, .c) .d, .e{color:red} @media (width > 1px){.b{top:0} .d{top:1px}}
+    .bs-tooltip-top{left:0} @font-face{font-family:Font Awesome; src:url(x)} .fa{x:y} @keyframes fa-spin{to{x:y}}"""
+    expected = "a:not(.b, .c) .d{color:red}@media (width > 1px){.d{top:1px}}.bs-tooltip-top{left:0}"
+    assert page_assets.used_rules(css, {"d", "fa"}) == expected
+
+
+def test_formulas_are_set_also_in_the_frames_of_a_widget():
+    formula = '<span class="math notranslate">\\(a &lt; b\\)</span>'
+    frames = json.dumps({"frames": [f"<p>{formula}</p>", None, "no formula \\(x\\)"]}).replace("</", "<\\/")
+    numbered = '<div class="math"><span class="eqno">(1)<a href="#x">#</a></span>\\[x^2\\]</div>'
+    script = f'<script type="application/json">{frames}</script>'
+    page = formulas.with_formulas(f"<head></head>{formula}{numbered}{script}", "fonts")
+    assert page.count("<mjx-container") == 3
+    assert "<mo>&lt;</mo>" in page.partition("<script")[0]
+    state = json.loads(re.search(r"json\">(.*?)</script>", page)[1])
+    assert "<mjx-container" in state["frames"][0]
+    assert state["frames"][1:] == [None, "no formula \\(x\\)"]
+    assert re.search(r'</a></span><mjx-container [^>]*display="true"', page)
+    assert formulas.with_formulas("<head></head>", "fonts") == "<head></head>"
+    for wrong in ("\\undefinedcommand", "x^"):
+        with pytest.raises(ValueError, match=r"MathJax cannot read the formula .*: "):
+            formulas.with_formulas(formula.replace("a &lt; b", wrong), "fonts")
+
+
+def test_sections_are_found_with_their_text():
+    page = """<nav>menu</nav><article><section id="a"><h1>First<a class="headerlink" href="#a">#</a></h1><p>Some
+    <em>text</em>.</p><pre>code</pre><mjx-math>x</mjx-math><section id="b"><h2>Second</h2><svg>tick</svg><p>More</p>
+    </section>
+    <dl><dt class="sig sig-object" id="icl_lib.f">f(x)</dt><dd><p>It adds.</p></dd></dl></section></article>"""
+    found = list(section_search.sections(page))
+    assert found == [("a", "First", "Some text."), ("b", "Second", "More"), ("icl_lib.f", "f", "It adds.")]
 
 
 def test_mathematics_of_docstrings():

@@ -272,7 +272,7 @@ def test_the_extra_of_the_book_carries_what_the_book_imports():
     extensions = re.search(r"extra_extensions:\n((?:    - .*\n)+)", (ROOT / "_config.yml").read_text())[1]
     names |= set(re.findall(r"- (\S+)", extensions))
     found = {package(name) for name in names if name.partition(".")[0] not in own}
-    assert {"sphinx-exercise", "sphinx-proof", "sphinxext-opengraph", "sphinx-mathjax-offline", "numpy"} <= found
+    assert {"sphinx-exercise", "sphinx-proof", "sphinxext-opengraph", "quickjs-ng", "numpy"} <= found
     assert not missing(found, "book")
     assert missing(found, "widgets") > {"sphinx-exercise"}  # negative control
     pinned = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE))

@@ -57,3 +57,13 @@ document.addEventListener("click", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") document.querySelector(".symbols-shown")?.remove();
 });
+
+// The search is loaded when a reader first opens it, or at once on its own page.
+const search = () => {
+  document.removeEventListener("focusin", whenSearched);
+  const src = `${root.dataset.content_root}_static/search.js`;
+  document.head.append(Object.assign(document.createElement("script"), { src }));
+};
+const whenSearched = (event) => event.target.closest?.("form.bd-search") && search();
+document.addEventListener("focusin", whenSearched);
+if (document.querySelector("#search-results")) search();

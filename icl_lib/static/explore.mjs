@@ -76,7 +76,6 @@ function render({ model, el, fallback }) {
     frame.style.minHeight = `${Math.max(parseFloat(frame.style.minHeight) || 0, frame.offsetHeight)}px`;
     frame.innerHTML = frames[(shown = next)];
     frame.dataset.frame = next;
-    if (frame.querySelector(".math")) window.MathJax?.typesetPromise?.([frame]);
     // Only the frame at which a slider comes to rest is announced, and not the one that the page starts with.
     clearTimeout(timer);
     if (!first) timer = setTimeout(() => (live.textContent = words(frame)), 300);

@@ -28,7 +28,27 @@ class PageModel {
   }
 }
 
-for (const place of document.querySelectorAll(".icl-widget[data-widget]")) {
+// What a widget reads besides its state: a global, and the script beside this one that defines it. It is loaded after the
+// page is drawn, when the widget is near.
+const NEEDED = { puzzle: ["iclHiddenRule", "hidden_rule.js"] };
+const beside = document.currentScript?.src;
+const whenReady = (place, start) => {
+  const [name, file] = NEEDED[place.dataset.widget] ?? [];
+  if (!name || globalThis[name]) return start();
+  const near = new IntersectionObserver(
+    (entries) => {
+      if (!entries.some((entry) => entry.isIntersecting)) return;
+      near.disconnect();
+      const script = Object.assign(document.createElement("script"), { onload: start, onerror: start });
+      script.src = new URL(file, beside);
+      requestAnimationFrame(() => setTimeout(() => document.head.append(script)));
+    },
+    { rootMargin: "100%" },
+  );
+  near.observe(place);
+};
+
+const start = (place) => {
   const el = document.createElement("div");
   try {
     const state = JSON.parse(place.querySelector("script[type='application/json']").textContent);
@@ -38,4 +58,6 @@ for (const place of document.querySelectorAll(".icl-widget[data-widget]")) {
   } catch (error) {
     console.error(`The widget ${place.dataset.widget} could not start; the page keeps its static picture.`, error);
   }
-}
+};
+
+for (const place of document.querySelectorAll(".icl-widget[data-widget]")) whenReady(place, () => start(place));
