@@ -125,6 +125,7 @@ def carried(extra: str = "") -> set[str]:
 # These come with a package that is named, which promises them; a test reads that.
 COME_WITH = {
     "cycler": "matplotlib",
+    "pillow": "matplotlib",
     "traitlets": "ipywidgets",
     "ipython": "ipywidgets",
     "myst-nb": "jupyter-book",
@@ -135,6 +136,7 @@ COME_WITH = {
     "nbclient": "myst-nb",
     "nbformat": "myst-nb",
     "pyyaml": "myst-nb",
+    "jupyter-cache": "myst-nb",
 }
 
 
