@@ -26,15 +26,20 @@ class LeastSquares:
         reads: $r_k$, ``[m, in]``.
         ridge: $\lambda$ in :func:`least_squares_edit`.
         counts: how often each read counts, $c_k$, ``[m]``; by default once.
+        guard: $g_j$, ``[n, in]``; by default none.
 
-    The arithmetic is in float64; it takes $\min(m, \text{in})$ squared times the width, whatever the maps.
+    The arithmetic is in float64; it takes $\min(m + n, \text{in})$ squared times the width, whatever the maps.
     """
 
-    def __init__(self, reads: Tensor, ridge: float = 0.0, counts: Tensor | None = None) -> None:
+    def __init__(
+        self, reads: Tensor, ridge: float = 0.0, counts: Tensor | None = None, guard: Tensor | None = None
+    ) -> None:
         self.roots = torch.ones(len(reads), 1, dtype=torch.float64, device=reads.device)
         if counts is not None:
             self.roots = counts.to(self.roots).sqrt()[:, None]
         rows, self.dtype = reads.double() * self.roots, reads.dtype
+        if guard is not None:  # reads whose change is zero
+            rows = torch.cat([rows, guard.double()])
         few = rows.shape[0] <= rows.shape[1]
         # The edit is (changes)ᵀ · rows · diag(1 / (values + ridge)) · basisᵀ, with the eigenvalues of the Gram matrix.
         if ridge:
@@ -47,6 +52,7 @@ class LeastSquares:
             large = sizes > sizes[:1] * max(rows.shape) * torch.finfo(reads.dtype).eps
             sizes, right, self.rows = sizes[large], right[large], self.rows[:, large]
             values, self.basis, few = sizes.square(), right.mT * sizes, True
+        self.rows = self.rows[: len(reads)]
         self.gains = 1 / (values + ridge)
         self.metric = (values if few else 1) * (values + ridge)
         self.condition = ((values[:1] + ridge) / (values[-1:] + ridge)).sqrt().sum().item()
@@ -60,6 +66,8 @@ class LeastSquares:
             outputs, sizes, mixed = torch.linalg.svd(left[:, used] * metric[used], full_matrices=False)
             left = outputs[:, :rank] * sizes[:rank]
             right = (right[:, used] / metric[used]) @ mixed[:rank].mT
+        elif right.shape[1] > len(changes):  # a guard adds nothing to the rank of the edit
+            left, right = (changes.double() * self.roots).mT, right @ (self.rows * self.gains).mT
         return LowRank(left.to(self.dtype), right.to(self.dtype))
 
 
@@ -69,27 +77,35 @@ def least_squares_edit(
     ridge: int | float = 0.0,
     counts: Float[Tensor, " m"] | None = None,
     rank: int | None = None,
+    guard: Float[Tensor, "n in_"] | None = None,
 ) -> LowRank:
     r"""The edit that makes given changes for given reads as well as one matrix can, for any number of reads.
 
-    $$\Delta V = \operatorname*{arg\,min}_M \sum_k c_k \lVert M r_k - \Delta h_k \rVert^2 + \lambda \lVert M \rVert_F^2
-      = \Delta H\, D R^\top (R D R^\top + \lambda I)^{-1}, \qquad D = \operatorname{diag}(c_k)$$
+    $$\begin{aligned}
+      \Delta V &= \operatorname*{arg\,min}_M \sum_k c_k \lVert M r_k - \Delta h_k \rVert^2
+        + \sum_j \lVert M g_j \rVert^2 + \lambda \lVert M \rVert_F^2 \\
+      &= \Delta H\, D R^\top (R D R^\top + G G^\top + \lambda I)^{-1}, \qquad D = \operatorname{diag}(c_k)
+    \end{aligned}$$
 
     Without a ridge it is $\Delta H\, R^+$ for $c_k = 1$, the smallest of all minimisers; where the reads are linearly
     independent that is :func:`icl_lib.theorem.least_norm_edit`, and exact. With a ``rank``, it is the minimiser among
     the matrices of at most this rank (reduced-rank regression): the edit followed by the projection on the main
-    directions of what it adds.
+    directions of what it adds. The ``guard`` $g_j$ (the columns of $G$) are reads whose output should stay as it is;
+    multiply them by $\sqrt\gamma$ to count them $\gamma$ times.
 
     Derived in :func:`icl_lib.symbolic.least_squares_edit` for $c_k = 1$.
 
     Shapes: ``reads`` ($r_k$, the columns of $R$) ``[m, in]``, ``changes`` ($\Delta h_k$) ``[m, out]``, ``counts``
-    ``[m]``. The result has rank at most $\min(m, \text{in})$. Raises `ValueError` for shapes, dtypes or devices that do
-    not match, for values that are not finite, for a negative ridge or count, and for a rank below one.
+    ``[m]``, ``guard`` ``[n, in]``. The result has rank at most $\min(m, \text{in})$. Raises `ValueError` for shapes,
+    dtypes or devices that do not match, for values that are not finite, for a negative ridge or count, and for a rank
+    below one.
 
     >>> reads, changes = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [4.0]])
     >>> least_squares_edit(reads, changes).dense().round(decimals=4)  # the mean of 2 and 4
     tensor([[3.]])
     >>> least_squares_edit(reads, changes, ridge=1.0).dense().round(decimals=4)
+    tensor([[2.]])
+    >>> least_squares_edit(reads, changes, guard=reads[:1]).dense().round(decimals=4)  # of 2, 4 and 0
     tensor([[2.]])
     """
     for name, vectors, layout in (("reads", reads, "[m, in]"), ("changes", changes, "[m, out]")):
@@ -105,7 +121,16 @@ def least_squares_edit(
     require_rank(rank)
     if counts is not None and (counts.shape != reads.shape[:1] or not bool((counts >= 0).all())):
         raise ValueError(f"counts are {counts}: give a number of at least 0 for each of the {len(reads)} reads.")
-    return LeastSquares(reads, ridge, counts).edit(changes, rank)
+    if guard is not None:
+        require_float("guard", guard, 2, "[n, in]")
+        require_finite("guard", guard, "look for overflow or NaN weights in the layers before.")
+        require_same_kind("reads", reads, guard=guard)
+        if guard.ndim > 2 or guard.shape[-1] != reads.shape[-1]:
+            raise ValueError(
+                f"guard has shape {tuple(guard.shape)} and reads {tuple(reads.shape)}: give reads of the same map, "
+                "[n, in]."
+            )
+    return LeastSquares(reads, ridge, counts, guard).edit(changes, rank)
 
 
 def require_ridge(ridge: object) -> None:

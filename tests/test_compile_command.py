@@ -68,10 +68,10 @@ def test_an_adapter_is_written_and_measured(folder, tmp_path):
 def test_a_report_in_html_and_a_readme_of_ones_own_stay_apart(folder, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "README.md").write_text("mine")
-    page = tmp_path / "report.html"
-    written = run(
-        folder, "--output", tmp_path / "adapter", "--overwrite", "--evaluate", folder / "new.txt", "--report", page
-    )
+    page, guard = tmp_path / "report.html", tmp_path / "guard.txt"
+    guard.write_text("9+9+9, 1, 2, 3\n10=10\n")
+    options = ["--overwrite", "--evaluate", folder / "new.txt", "--report", page, "--guard", guard]
+    written = run(folder, "--output", tmp_path / "adapter", *options)
     assert written.exit_code == 0, written.output
     assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
     assert "27 held-out queries" in page.read_text()

@@ -110,6 +110,43 @@ def test_the_edits_solve_the_normal_equations():
     assert patch.fits[0].conditions["mlp.gate_proj"] <= np.linalg.cond(gram) ** 0.5 * 1.001
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Mixtral"])
+def test_a_guard_protects_other_texts(name):
+    model, (prompt, queries) = shared(name), task(4, 4, 4)
+    guard = torch.randint(VOCABULARY, (1, 4))
+    free, guarded = (compile_prompt(model, prompt, queries, ridge=0.1, guard=texts) for texts in (None, list(guard)))
+    harm, less = (relative(patch.merged(model)(guard).logits, model(guard).logits) for patch in (free, guarded))
+    assert less < 0.97 * harm, (less, harm)
+    for query in queries:  # and the edit still serves its queries
+        assert error(model, guarded, prompt, query, guarded.merged(model)) < error(model, guarded, prompt, query)
+
+
+def test_the_guard_is_in_the_normal_equations():
+    """Against NumPy, in the first block, whose reads no edit changes."""
+    model, (prompt, queries) = shared("Llama"), task(3, 4)
+    guard, reads = [torch.randint(VOCABULARY, (n,)) for n in (7, 5)], []
+    patch = compile_prompt(model, prompt, queries, ridge=0.3, guard=guard)
+    mlp = model.model.layers[0].mlp
+    hook = mlp.down_proj.register_forward_pre_hook(lambda _, args: reads.append(args[0][0]))
+    norm = model.model.layers[0].post_attention_layernorm
+    hooks = [hook, norm.register_forward_hook(lambda _, args, out: reads.append(out[0]))]
+    for call in [patch.bare(query) for query in queries] + [{"input_ids": text[None]} for text in guard]:
+        model(**call)
+    for query in queries:
+        model(torch.cat([prompt, query])[None])
+    for one in hooks:
+        one.remove()
+    z = reads[::2]
+    z_0 = torch.cat([z[0], z[1][1:]]).numpy()  # the kept token occurs again
+    z_c = torch.cat([z[4][[0, *range(N, N + 3)]], z[5][N:]]).numpy()
+    counts = np.array([2, 1, 1, 2, 1, 1, 1, 2.0])[:, None]
+    g = torch.cat(z[2:4]).numpy()
+    gram = z_0.T @ (counts * z_0) + 0.3 * len(z_0) / len(g) * g.T @ g
+    gram += 0.3 * np.sort((z_0**2).sum(1))[(len(z_0) - 1) // 2] * np.eye(len(gram))
+    wanted = mlp.up_proj.weight.numpy() @ (z_c - z_0).T @ (counts * z_0) @ np.linalg.inv(gram)
+    np.testing.assert_allclose(patch.blocks[0].inner["mlp.up_proj"].dense().numpy(), wanted, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["Llama", *MIXTURES, *POST_NORM])
 def test_a_fit_to_more_tokens_than_a_map_can_serve_helps(name):
     model, (prompt, queries) = shared(name), task(*[4] * 15)
@@ -246,6 +283,9 @@ PROMPT, QUERIES = torch.arange(6), [torch.tensor([7, 8]), torch.tensor([9])]
         ({"prompt": PROMPT[:0]}, "prompt is a tensor .* at least one token"),
         ({"prompt": [1, 2]}, "prompt is a list of length 2"),
         ({"keep": 6}, r"keep is 6 and the context has 6 token\(s\)"),
+        ({"guard": []}, r"guard is a list of length 0"),
+        ({"guard": [torch.tensor([97])]}, "is 97: this model has the tokens"),
+        ({"guard": QUERIES, "ridge": 0}, "guard is given with ridge=0"),
         ({"ridge": -1.0}, r"ridge is -1\.0"),
         ({"ridge": float("nan")}, "ridge is nan"),
         ({"rank": 0}, "rank is 0"),

@@ -38,6 +38,22 @@ def test_least_squares_edit(many, ridge):
         torch.testing.assert_close(edit, least_norm_edit(reads, changes).dense(), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("many", [3, 12])
+def test_a_guard_is_left_alone(many):
+    reads, changes, guard = normal((many, 6), (many, 4), (5, 6))
+    found = least_squares_edit(reads, changes, 0.3, guard=guard)
+    assert found.left.shape[-1] <= min(many, 6)
+    gram = (reads.mT @ reads + guard.mT @ guard + 0.3 * torch.eye(6).double()).numpy()
+    np.testing.assert_allclose(
+        found.dense().numpy(), np.linalg.solve(gram, (reads.mT @ changes).numpy()).T, rtol=1e-10, atol=1e-13
+    )
+    free = least_squares_edit(reads, changes, 0.3)
+    assert found.matvec(guard).norm() < 0.7 * free.matvec(guard).norm()
+    strict = least_squares_edit(reads[:1], changes[:1], 1e-9, guard=1e3 * guard)  # a sixth direction is free
+    assert strict.matvec(guard).norm() < 1e-3 * strict.matvec(reads[:1]).norm()
+    torch.testing.assert_close(strict.matvec(reads[:1]), changes[:1], rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("many", [4, 15])
 def test_a_rank_is_the_best_of_its_rank(many):
     """Reduced-rank regression: no matrix of this rank that gradient descent finds does better."""
@@ -107,6 +123,7 @@ def test_transfer_error():
         (lambda: least_squares_edit(torch.eye(2), torch.eye(2), -1.0), r"ridge is -1\.0"),
         (lambda: least_squares_edit(torch.eye(2), torch.eye(2), counts=-torch.ones(2)), "counts are"),
         (lambda: least_squares_edit(torch.eye(2), torch.eye(2), rank=0), "rank is 0"),
+        (lambda: least_squares_edit(torch.eye(2), torch.eye(2), guard=torch.eye(3)), "guard has shape"),
         (lambda: transfer_error(torch.eye(2), torch.zeros(2), *[torch.ones(2)] * 3), "a_without is zero"),
         (lambda: static_update(torch.eye(2), torch.ones(3, 3), torch.ones(3, 3)), "weight has shape"),
     ],

@@ -30,6 +30,7 @@ from icl_lib.models.held_out import held_out
 from icl_lib.models.lora import require_free
 
 Queries = list[Tensor]
+_Pairs = tuple[Queries, Queries | None]
 NO_IDS = "so give other texts"
 
 
@@ -43,6 +44,9 @@ def compile_to_adapter(
     ] = None,
     evaluate: Annotated[
         Path | None, typer.Option(help="a file with other queries; behind a tab, the right answer")
+    ] = None,
+    guard: Annotated[
+        Path | None, typer.Option(help="a file with an unrelated text on each line, which the edits should leave alone")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="a file for the measurements, .json or .html")] = None,
     keep: Annotated[int, typer.Option(help="first tokens of the prompt that stay in front of every query")] = 1,
@@ -67,14 +71,14 @@ def compile_to_adapter(
         if (prompt_file is None) == (system_file is None):
             raise ValueError("give either --prompt-file or --system-file.")
 
-        def read() -> tuple[Any, Tensor, tuple[Queries, Queries | None], tuple[Queries, Queries | None] | None]:
+        def read() -> tuple[Any, Tensor, _Pairs, _Pairs | None, Queries | None]:
             tokenizer = tokenizer_of(model, "compile needs one")
             texts = _Texts(tokenizer, prompt_file or system_file, chat=system_file is not None)
             first = texts.of("--queries", queries)
             other = None if evaluate is None else texts.of("--evaluate", evaluate)
-            return tokenizer, texts.prompt, first, other
+            return tokenizer, texts.prompt, first, other, None if guard is None else texts.alone("--guard", guard)
 
-        loaded, (tokenizer, prompt, calibration, asked) = load_model(model, device, dtype, read)
+        loaded, (tokenizer, prompt, calibration, asked, alone) = load_model(model, device, dtype, read)
         at = loaded.get_input_embeddings().weight.device
         prompt, calibration = prompt.to(at), _moved(calibration, at)
         patch = compile_prompt(
@@ -85,6 +89,7 @@ def compile_to_adapter(
             ridge,
             rank,
             calibration[1],
+            guard=alone and [text.to(at) for text in alone],
             start=keep,
             outer=outer,
             progress=progress,
@@ -162,6 +167,13 @@ class _Texts:
                 answers.append(torch.tensor(follows))
         return found, answers or None
 
+    def alone(self, name: str, path: Path) -> Queries:
+        """Return the texts of a file, one a line, each behind the token with which the tokenizer begins a text."""
+        lines = [line for line in _read(name, path).splitlines() if line.strip()]
+        start = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        bare = (self.tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines)
+        return [torch.tensor([*start, *ids]) for ids in bare]
+
     def _asked(self, query: str) -> str:
         if not self.chat:
             return query
@@ -192,6 +204,6 @@ def _read(name: str, path: Path) -> str:
     return text
 
 
-def _moved(texts: tuple[Queries, Queries | None], device: torch.device) -> tuple[Queries, Queries | None]:
+def _moved(texts: _Pairs, device: torch.device) -> _Pairs:
     queries, answers = texts
     return [query.to(device) for query in queries], answers and [answer.to(device) for answer in answers]

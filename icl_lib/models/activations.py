@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,11 +26,13 @@ class BlockActivations:
         stream: $h_C$; in a parallel block the output of the attention, which is what the context changes.
         reads: the input of each inner map, by its path: $z_C$, and one tensor if the maps read the same.
         output: the stream after the block.
+        guard: what each map reads for texts that its edit should leave alone, ``[tokens, width]``: :func:`reads_of`.
     """
 
     stream: Tensor | None = None
     reads: dict[str, Tensor] = field(default_factory=dict)
     output: Tensor | None = None
+    guard: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Rows(NamedTuple):
@@ -127,6 +130,28 @@ def _require_finite(
     for name, parameter in model.named_parameters():
         require_finite(f"model.{name}", parameter, "load the weights again.")
     require_finite("the model's output", outputs, "if its numbers are too large for the dtype, use a wider one.")
+
+
+def reads_of(
+    model: nn.Module, sites: Sequence[Site], kind: type[Prompt], calls: Sequence[Call]
+) -> tuple[dict[str, Tensor], ...]:
+    """Run some calls; return what each map of each block reads for all their tokens, ``[tokens, width]``, by its path.
+
+    A path of experts ends in the number of the expert.
+    """
+    found = tuple(defaultdict(list) for _ in sites)
+
+    def see(reads: dict[str, list[Tensor]], path: str, *given: Any) -> None:
+        *expert, product = given
+        reads[path + "".join(f"[{number}]" for number in expert)].append(product.read.detach().flatten(0, -2).clone())
+
+    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.no_grad():
+        for (where, block, anatomy), reads in zip(sites, found, strict=True):
+            for path in (*anatomy.inner, *([anatomy.outer] if anatomy.outer else [])):
+                stack.enter_context(edited(where, block, path, functools.partial(see, reads, path)))
+        for call in calls:
+            kind.run(model, call, 1)
+    return tuple({path: torch.cat(parts) for path, parts in reads.items()} for reads in found)
 
 
 class _Recorder:

@@ -38,6 +38,10 @@ class NotReproducedError(ValueError):
     """A block whose output with its edits is not that with the prompt, or whose anatomy cannot be right."""
 
 
+GUARD = 0.3
+"""How much all reads of a guard count together, for each read that is fitted."""
+
+
 @dataclass(frozen=True)
 class Fit:
     r"""How one edit of each map is fitted to more tokens than it need serve exactly.
@@ -51,10 +55,12 @@ class Fit:
     ridge: float
     rank: int | None = None
 
-    def of(self, reads: Tensor, counts: Tensor) -> LeastSquares:
-        """Return the regression from these reads, ``[rows, in]``."""
+    def of(self, reads: Tensor, counts: Tensor, guard: Tensor | None = None) -> LeastSquares:
+        """Return the regression from these reads, ``[rows, in]``, with a guard ``[tokens, in]``."""
         scale = reads.double().square().sum(-1).median().item()
-        return LeastSquares(reads, self.ridge * scale, counts)
+        if guard is not None:
+            guard = guard.double() * (GUARD * len(reads) / len(guard)) ** 0.5
+        return LeastSquares(reads, self.ridge * scale, counts, guard)
 
 
 class BlockEdits:
@@ -260,12 +266,13 @@ class BlockEdits:
         """Return the edit of a map that is fitted to some rows, or to all; maps that read the same share the work."""
         self._note(path, product)
         read, counts = self._cast(path, read), self.prompt.rows.counts
+        guard = self.activations.guard.get(path)
         if rows is not None:
-            solver = self.fit.of(read, counts[rows])
+            solver = self.fit.of(read, counts[rows], guard)
         elif self.fitted is not None and same_memory(self.fitted[0], product.read):
             solver = self.fitted[1]
         else:
-            solver = self.fit.of(read, counts)
+            solver = self.fit.of(read, counts, guard)
             self.fitted = product.read, solver
         self.conditions[path] = solver.condition
         return solver.edit(self._cast(path, change), self.fit.rank)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from icl_lib.least_squares import require_rank, require_ridge
 from icl_lib.measures import relative_error
 from icl_lib.models.absorb import anatomy_of, outer_of, prompt_of
-from icl_lib.models.activations import BlockActivations, CachedPrompt, Rows, with_context
+from icl_lib.models.activations import BlockActivations, CachedPrompt, Rows, reads_of, with_context
 from icl_lib.models.anatomy import Site, sites
 from icl_lib.models.block_edits import BlockEdits, Fit, NotReproducedError
 from icl_lib.models.block_patch import BlockPatch
@@ -143,6 +143,7 @@ def compile_prompt(
     rank: int | None = None,
     answers: Sequence[Tensor] | None = None,
     *,
+    guard: Sequence[Tensor] | None = None,
     last: int | float = 2.0,
     start: int | None = None,
     outer: str | None = None,
@@ -167,6 +168,10 @@ def compile_prompt(
         rank: the largest rank of an edit; None for the rank of the fit, at most the number of distinct tokens.
         answers: for each query the ids that follow it. They are calibration tokens too, so that the patch also serves
             what is written after a query.
+        guard: texts that have nothing to do with the prompt, as the model reads them. The edits should leave alone
+            what each map reads for them, $g_j$, $j = 1 \dots n$: the fit to $m$ distinct tokens has the further term
+            $\gamma \sum_j \lVert \Delta V g_j \rVert^2$ with $\gamma = 0.3\, m / n$. A few hundred tokens of any kind
+            of text do; every token takes memory. The scale of a norm after the MLP is not guarded.
         last: how often the last token of each query counts, from which the answer is read; every other token counts
             once. It changes nothing where the edits are exact.
         start: the position of a query's first token without the prompt. By default it is the length of the prompt, its
@@ -175,8 +180,8 @@ def compile_prompt(
         progress: show a progress bar over the blocks.
 
     Raises `ValueError` for a model whose anatomy is not found, for a prompt or queries that it cannot read or that are
-    too long, for no queries, for a ``keep`` beyond the prompt, and with ``ridge=0`` for the same text twice, or if no
-    single edit is exact on all queries.
+    too long, for no queries, for a ``keep`` beyond the prompt, and with ``ridge=0`` for a guard, for the same text
+    twice, or if no single edit is exact on all queries.
 
     >>> from icl_lib import Transformer, TransformerConfig
     >>> model = Transformer(TransformerConfig(dim=16, blocks=3, heads=2, norm="pre")).double()
@@ -193,7 +198,7 @@ def compile_prompt(
         whole = prompt_of(model, torch.cat([prompt, texts[longest]]), len(prompt), "query", "query", True, None, keep)
     except ValueError as error:
         raise ValueError(f"prompt with queries[{longest}], the longest: {error}") from None
-    for text in texts:
+    for text in (*texts, *_guard(prompt, guard, ridge)):
         whole.check(model, text)
     require_ridge(ridge)
     require_rank(rank)
@@ -213,6 +218,10 @@ def compile_prompt(
     with bar_over(len(placed), passes, progress) as bar, experts_one_by_one(model):
         ends = [len(query) - 1 for query in queries]
         cached = _calibration(model, placed, whole, prompt, texts, ends, float(last), start, bar.update)
+        if guard:
+            calls = [text if isinstance(whole, Stream) else {"input_ids": text[None]} for text in guard]
+            for block, reads in zip(cached.blocks, reads_of(model, placed, type(whole), calls), strict=True):
+                block.guard.update(reads)
 
         def note(index: int, stream: Tensor, edits: BlockEdits) -> None:
             blocks.append(edits.patch())
@@ -248,20 +257,34 @@ def _texts(prompt: Any, queries: Any, answers: Any) -> list[Tensor]:
         )
     named = {"queries": queries} | ({} if answers is None else {"answers": answers})
     for name, given in named.items():
-        if not isinstance(given, (list, tuple)) or not given:
-            raise ValueError(f"{name} is {_told(given)}: give a list of one or more tensors, each {_layout(prompt)}.")
-        for number, text in enumerate(given):
-            same = isinstance(text, Tensor) and (text.dtype, text.device) == (prompt.dtype, prompt.device)
-            if not same or text.shape[1:] != prompt.shape[1:] or text.ndim != prompt.ndim or not len(text):
-                raise ValueError(
-                    f"{name}[{number}] is {_told(text)}: give {_layout(prompt)} with at least one token, of the dtype "
-                    f"and on the device of the prompt, {prompt.dtype} on {prompt.device}."
-                )
+        _require_texts(name, given, prompt)
     if answers is None:
         return list(queries)
     if len(answers) != len(queries):
         raise ValueError(f"answers are {len(answers)} and queries {len(queries)}: give one answer for each query.")
     return [torch.cat(pair) for pair in zip(queries, answers, strict=True)]
+
+
+def _guard(prompt: Tensor, guard: Any, ridge: Any) -> list[Tensor]:
+    if guard is None:
+        return []
+    _require_texts("guard", guard, prompt)
+    if ridge == 0:
+        raise ValueError("guard is given with ridge=0, for edits that are exact: give ridge=1.0, or no guard.")
+    return list(guard)
+
+
+def _require_texts(name: str, given: Any, prompt: Tensor) -> None:
+    """Require a list of tensors like the prompt."""
+    if not isinstance(given, (list, tuple)) or not given:
+        raise ValueError(f"{name} is {_told(given)}: give a list of one or more tensors, each {_layout(prompt)}.")
+    for number, text in enumerate(given):
+        same = isinstance(text, Tensor) and (text.dtype, text.device) == (prompt.dtype, prompt.device)
+        if not same or text.shape[1:] != prompt.shape[1:] or text.ndim != prompt.ndim or not len(text):
+            raise ValueError(
+                f"{name}[{number}] is {_told(text)}: give {_layout(prompt)} with at least one token, of the dtype "
+                f"and on the device of the prompt, {prompt.dtype} on {prompt.device}."
+            )
 
 
 def _told(value: Any) -> str:

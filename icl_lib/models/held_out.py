@@ -55,6 +55,20 @@ class HeldOut:
         return f"<p>{self.queries} held-out queries, next token</p>{self._table('html')}"
 
 
+def divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    r"""The divergence of a next token's distribution from the wanted one, in nats.
+
+    $$\operatorname{KL}(p \,\|\, q) = \sum_i p_i (\log p_i - \log q_i)$$
+
+    Shapes: ``wanted`` ($\log p$) and ``found`` ($\log q$) ``[*batch, vocabulary]``; the result is ``[*batch]``.
+
+    >>> even, sure = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    >>> divergence(sure, even), divergence(even, even)
+    (tensor(0.3681), tensor(0.))
+    """
+    return (wanted.exp() * (wanted - found)).sum(-1)
+
+
 @torch.no_grad()
 def held_out(
     patch: CompiledPatch,
@@ -95,7 +109,7 @@ def held_out(
     wanted = found["prompted"]
     return HeldOut(
         queries=len(queries),
-        kl={name: (wanted.exp() * (wanted - found[name])).sum(-1).mean().item() for name in ("bare", "edited")},
+        kl={name: divergence(wanted, found[name]).mean().item() for name in ("bare", "edited")},
         agreement={name: _share(found[name], wanted.argmax(-1)) for name in ("bare", "edited")},
         accuracy={}
         if answers is None

@@ -9,10 +9,11 @@ import sympy as sp
 from icl_lib.symbolic.algebra import gradient
 from icl_lib.symbolic.derivation import Asked, Derivation, Identity, Step, rewritten
 from icl_lib.symbolic.joint_weight_update import joint_weight_update
-from icl_lib.symbolic.notation import IN, OUT, QUERIES, latex, matrix, number, squared_norm, vector
+from icl_lib.symbolic.notation import IN, OUT, QUERIES, SAMPLE, latex, matrix, number, squared_norm, vector
 from icl_lib.symbolic.weight_update import N
 
 READS, CHANGES = matrix("R", IN, QUERIES), matrix(r"\Delta H", OUT, QUERIES)
+GUARD = matrix("G", IN, SAMPLE)
 RIDGE = sp.Symbol(r"\lambda", positive=True)
 
 
@@ -23,7 +24,8 @@ def least_squares_edit() -> Derivation:
     $$\Delta V = \Delta H\, (\lambda I + R^\top R)^{-1} R^\top$$
 
     The columns of $R$ are what the map reads, and those of $\Delta H$ by how much its outputs should change. They may
-    be as many as one likes. The ridge $\lambda$ is positive.
+    be as many as one likes. The ridge $\lambda$ is positive. A second quadratic term guards other reads, the columns of
+    $G$, against any change.
 
     Source: this book. Without a ridge: Mazzawi et al. (arXiv 2510.08734).
 
@@ -49,6 +51,9 @@ def least_squares_edit() -> Derivation:
     read, change = vector("r"), vector(r"\Delta h", OUT)
     of_one = result.subs(QUERIES, 1).xreplace({READS.subs(QUERIES, 1): read, CHANGES.subs(QUERIES, 1): change})
     one, plain = matrix(r"\Delta V_1"), matrix(r"\Delta V_0")
+    guarded, guarded_slope = number(r"\mathcal{G}(\Delta V)"), matrix(r"\nabla\mathcal{G}(\Delta V)")
+    loss_guarded, held = loss(edit) + squared_norm(edit * GUARD) / 2, matrix(r"\Delta V_G")
+    both, with_guard = matrix("S", IN, IN), large + GUARD * GUARD.T
     V, Z_0, Z_C = joint_weight_update().arguments.values()
     exact = result.xreplace({RIDGE: sp.S.Zero, READS: Z_0, CHANGES: V * (Z_C - Z_0)})
 
@@ -81,6 +86,15 @@ def least_squares_edit() -> Derivation:
                 "**Minimum.** A change $N$ raises the loss, so the minimum is the only one.",
                 Asked(nearby - value, squared_norm(N * READS) / 2 + RIDGE * squared_norm(N) / 2),
             ),
+            guard=Step(
+                f"**Guard.** The columns of ${latex(GUARD)}$ are reads whose output should stay. They join the matrix "
+                "on the left as reads with no wanted change.",
+                Identity(guarded, loss_guarded),
+                Identity(both, with_guard),
+                Identity(guarded_slope, edit * both - CHANGES * READS.T),
+                Identity(held, CHANGES * READS.T * sp.Inverse(both)),
+                Identity(held * both, CHANGES * READS.T),
+            ),
             one_read=Step(
                 "**One read.** The edit is that of `output_update`, but for the ridge in the denominator.",
                 Identity(one, change * read.T / (RIDGE + squared_norm(read))),
@@ -97,6 +111,12 @@ def least_squares_edit() -> Derivation:
         arguments={"reads": READS, "changes": CHANGES, "ridge": RIDGE},
         names={
             **{value: loss(edit), nearby: loss(edit + N), slope: gradient(loss(edit), edit)},
+            **{
+                guarded: loss_guarded,
+                both: with_guard,
+                guarded_slope: gradient(loss_guarded, edit),
+                held: CHANGES * READS.T * sp.Inverse(with_guard),
+            },
             **{one: of_one, plain: rewritten(exact, joint_weight_update().result)},
         },
     )

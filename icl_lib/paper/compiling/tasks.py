@@ -274,3 +274,28 @@ UNRELATED: tuple[str, ...] = (
     "beside it lay a half-written letter. He must have left in a hurry, she thought, and picked up the page.",
 )
 """Texts that have nothing to do with the tasks, written for this book: what edits do to them is harm."""
+
+GUARDS: tuple[str, ...] = (
+    "The committee met on Tuesday to discuss the plans for the new bridge. Several members asked about the cost, and "
+    "the engineer explained that steel had become more expensive since the spring.",
+    "Water boils at a lower temperature on a mountain because the air pressure is lower there. For this reason, "
+    "vegetables need more time to cook at high altitude.",
+    "import os\n\n"
+    "for name in sorted(os.listdir('.')):\n"
+    "    if name.endswith('.txt'):\n"
+    "        with open(name) as file:\n"
+    "            print(name, len(file.read()))\n",
+    "Question: How many days are in a leap year?\n"
+    "Answer: There are 366 days in a leap year, one more than in other years.\n\n"
+    "Question: Who discovered penicillin?\n"
+    "Answer: Alexander Fleming.",
+    "Dear Anna, I hope you are well. We arrived in Lisbon last night after a long journey. The hotel is small but "
+    "clean, and from the window we can see the river. Tomorrow we will visit the castle. Love, Tom",
+    "The old man lived by himself in a house at the edge of the forest. Every morning he walked to the well, and "
+    "every evening he lit a fire and read until he fell asleep.",
+    "In 1815 the eruption of Mount Tambora threw so much ash into the air that the following year had no summer in "
+    "much of Europe and North America.",
+    "- 2 cups of flour\n- 1 teaspoon of baking powder\n- a pinch of salt\n- 3 eggs\n\n"
+    "Mix the dry ingredients first, then add the eggs one by one.",
+)
+"""Other texts that have nothing to do with the tasks: what a guard is made of."""
