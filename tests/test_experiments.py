@@ -109,7 +109,7 @@ def test_small_language_models_follow_their_seed_and_options():
 
 
 def test_a_picture_of_the_solution_set_says_what_it_shows():
-    row = plots.solution_family([-1.0, 0.0], [2.0, 1.0], torch.eye(2).double().numpy(), 3e-16, 1, at=1)
+    row = plots.solution_family([-1.0, 0.0], [2.0, 1.0], [torch.eye(2).double().numpy()] * 2, 3e-16, 1, at=1)
     norms, edit = row.pictures
     assert "t is 0 and the norm 1.00" in norms.alt
     assert "rank is 1" in edit.alt

@@ -244,7 +244,7 @@ def test_which_steps_lower_the_next_loss():
 
 
 def test_the_pictures_say_what_they_show():
-    said = plots.answers([3, 5, 7, 9], [3, 5, 8, 12], "a+b").alt
+    said = plots.answers([3, 5, 7, 9], [3, 5, 8, 12], "a+b", largest=14).alt
     assert said == "a+b: 50% of 4 answers are right; on average they are 1.0 off."
     drawn = plots.bars(["one", "none"], {"right": [0.5, 0.0], "control": [0.25, 0.0]}, "shares", controls=["control"])
     assert drawn.alt == "shares. one: 50% right, 25% control; none: 0% right, 0% control."

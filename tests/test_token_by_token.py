@@ -146,7 +146,7 @@ def test_pictures_say_what_was_measured(blocks):
     )
     sgd = compare_with_sgd(blocks["attention"], PROMPTS, [0.05])
     assert f"SGD at rate 0.05: {sgd[0.05].loss.mean[-1]:.2g}" in plots.learning(reading["first"], sgd, "learning").alt
-    row = plots.scrubbed(2, np.ones((4, 3)), np.zeros((4, 3)), 0.25, [0.0, 0.5, 1.0], right=0.8, limit=1.0)
+    row = plots.scrubbed(2, np.ones((4, 3)), np.zeros((4, 3)), 0.25, [0.0, 0.5, 1.0], 0.8, 1.0, (0.0, 1.0))
     assert "the prediction is 1.000; the target is 0.800" in row.pictures[1].alt
     falling = plots.invented_losses([1.0, 2.0], [0.0, 3.0], "losses")
     assert "it falls in 50% of 2 steps" in falling.alt

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import re
+import secrets
+import zlib
 from collections.abc import Iterator
 
 import ipywidgets
@@ -38,7 +41,10 @@ def parts(page: str) -> tuple[dict, str]:
         page,
         re.DOTALL,
     )
-    return json.loads(match[1]), match[2]
+    state = json.loads(match[1])
+    if isinstance(state.get("frames"), str):
+        state["frames"] = json.loads(zlib.decompress(base64.b64decode(state["frames"])))
+    return state, match[2]
 
 
 def shown(view: ipywidgets.VBox) -> str:
@@ -138,8 +144,8 @@ def test_page_has_a_frame_for_every_combination():
     state, fallback = parts(page._repr_html_())
     assert calls == [(k, on) for k in (1, 2, 3) for on in (False, True)]
     assert state["controls"] == [
-        {"label": "k", "kind": "slider", "options": ["1", "2", "3"], "at": 2},
-        {"label": "on", "kind": "checkbox", "options": ["False", "True"], "at": 0},
+        {"name": "k", "label": "k", "kind": "slider", "options": ["1", "2", "3"], "at": 2},
+        {"name": "on", "label": "on", "kind": "checkbox", "options": ["False", "True"], "at": 0},
     ]
     assert state["order"] == [0, 1, 2, 3, 4, 5]
     assert state["frames"][4] is None, "the first frame is in the page already"
@@ -186,7 +192,7 @@ def test_page_shows_what_draw_returns():
 def test_page_is_limited_in_bytes(monkeypatch):
     monkeypatch.setattr(explorer, "MAX_PAGE_BYTES", 1000)
     with pytest.raises(ValueError, match=r"3 frames take .* give some controls fewer values"):
-        explore(lambda k: f"{k}" * 500, k=range(3))
+        explore(lambda k: secrets.token_hex(1000), k=range(3))
 
 
 # --- what explore refuses, with a kernel and without

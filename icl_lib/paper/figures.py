@@ -12,11 +12,14 @@ There is no mathematics here: a picture shows what was computed elsewhere.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import html
 import io
+import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ with extra("figures"):
     from matplotlib.colors import to_hex, to_rgb
     from matplotlib.figure import Figure as MatplotlibFigure
     from matplotlib.image import AxesImage
+    from matplotlib.ticker import FixedLocator
+    from PIL import Image
 
 INK = "#000000"
 """A :class:`Figure` draws everything that is black in the text colour of the page."""
@@ -82,6 +87,9 @@ WIDE = {"color": COLOURS["vermillion"], "linewidth": 7, "alpha": 0.45}
 UNDER = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": "small", "columnspacing": 1}
 """A legend below the axes."""
 
+LEVELS = 65
+"""The number of colours of a heat map: odd, so that zero has one of its own."""
+
 # A file opened by itself, or shown by a code host, has no page that sets its text colour and font.
 _STANDALONE = (
     "<style>svg{color:#1f2328;font-family:system-ui,sans-serif}"
@@ -118,7 +126,8 @@ class Figure:
     Black is drawn in the surrounding text colour, so one picture serves light and dark themes. The same drawing always
     gives the same bytes: it contains no date and no counter. Its identifiers begin with a hash of the content, so two
     different pictures on a page share none. It contains no style sheet either: one inside an SVG would apply to the
-    whole page.
+    whole page. Its axes carry their limits and its curves their names (``data-axes``, ``data-name``), from which a
+    script reads the values off the drawing.
 
     Args:
         fig: the matplotlib figure. A figure made with pyplot is closed, so that a notebook does not show it twice.
@@ -179,7 +188,9 @@ def heat_map(ax: Axes, matrix: Any, limit: float | int, numbers: bool = False, *
     >>> print(ax.texts[0].get_text(), picture.get_cmap().name)
     −0.50 PuOr
     """
-    picture = ax.imshow(matrix, **{"cmap": "PuOr", "vmin": -limit, "vmax": limit, "interpolation": "nearest", **style})
+    colours = matplotlib.colormaps[style.pop("cmap", "PuOr")].resampled(LEVELS)
+    # Without interpolation the file has one pixel for each entry.
+    picture = ax.imshow(matrix, colours, **{"vmin": -limit, "vmax": limit, "interpolation": "none", **style})
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     for (i, j), value in np.ndenumerate(matrix) if numbers else ():
@@ -211,21 +222,80 @@ def signed(value: float | int, form: str = "g") -> str:
 
 def _draw(fig: MatplotlibFigure) -> str:
     """The bare ``<svg>`` element that matplotlib writes."""
-    buffer = io.StringIO()
+    buffer, marks = io.StringIO(), {}
+    for ax in fig.axes:
+        lines = {_plain(line.get_label()): line for line in ax.lines if not line.get_label().startswith("_")}
+        if not lines and ax.lines:
+            lines = {_plain(ax.get_ylabel() or ax.get_title(loc="left")): ax.lines[0]}
+        for name, line in lines.items():
+            line.set_gid(f"icl-mark-{len(marks)}")
+            marks[line.get_gid()] = f'data-name="{html.escape(name)}"'
+        if lines or ax.images:
+            ax.set_gid(f"icl-mark-{len(marks)}")
+            marks[ax.get_gid()] = f'data-axes="{html.escape(json.dumps(_facts(ax), ensure_ascii=False))}"'
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "icl_lib"}):
         fig.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
     if getattr(fig, "number", None) is not None:
         from matplotlib import pyplot  # only a figure of pyplot has a number, so pyplot is already imported
 
         pyplot.close(fig)
-    text = buffer.getvalue()
+    text = re.sub(r'id="(icl-mark-\d+)"', lambda found: marks[found[1]], buffer.getvalue())
     return text[text.index("<svg") :].strip()
+
+
+def _facts(ax: Axes) -> dict[str, Any]:
+    """What a script needs to read values off the drawing of these axes."""
+    facts: dict[str, Any] = {
+        name: {
+            "label": _plain(getattr(ax, f"get_{name}label")()),
+            "limits": [float(end) for end in getattr(ax, f"get_{name}lim")()],
+            "scale": getattr(ax, f"get_{name}scale")(),
+        }
+        for name in "xy"
+    }
+    facts["title"] = _plain(ax.get_title(loc="left"))
+    for picture in ax.images[:1]:
+        colours = picture.get_cmap()(range(picture.get_cmap().N), bytes=True)[:, :3]
+        facts["heat"] = {"limits": picture.get_clim(), "colours": [bytes(colour).hex() for colour in colours]}
+        for name, count in zip("yx", picture.get_size(), strict=True):
+            axis = getattr(ax, f"{name}axis")
+            chosen = isinstance(axis.get_major_locator(), FixedLocator)  # others are numbers at round places
+            names = [label.get_text() for label in axis.get_ticklabels()] if chosen else []
+            if len(names) == count:
+                facts[name]["names"] = names
+    return facts
+
+
+def _plain(text: str) -> str:
+    """A label in plain text: without the marks of a formula, and with its Greek letters."""
+
+    def letter(command: re.Match[str]) -> str:
+        try:
+            return unicodedata.lookup(f"GREEK SMALL LETTER {command[1]}")
+        except KeyError:
+            return command[1]
+
+    return re.sub(r"[${}]|\\,", "", re.sub(r"\\([a-z]+)", letter, text)) if "$" in text else text
+
+
+def _indexed(png: re.Match[str]) -> str:
+    """An image with few colours, written with a palette: a fraction of its size."""
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(png[1]))).convert("RGBA"))
+    colours, index = np.unique(pixels.reshape(-1, 4), axis=0, return_inverse=True)
+    if len(colours) > 256 or colours[:, 3].min() < 255:
+        return png[0]
+    image = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8), "P")
+    image.putpalette(colours[:, :3].tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return f'base64,{base64.b64encode(buffer.getvalue()).decode()}"'
 
 
 def _themed(svg: str, alt: str) -> str:
     """The same picture in the page's text colour and font, with identifiers of its own and coordinates rounded."""
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(_GLOBAL_STYLE, "", svg, count=1)
+    svg = re.sub(r'base64,([^"]+)"', _indexed, svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     svg = svg.replace(INK, "currentColor")
     svg = re.sub(r'\b(?:d|x|y|transform)="(?!matrix|scale)[^"]*"', lambda m: re.sub(r"(\.\d{2})\d+", r"\1", m[0]), svg)

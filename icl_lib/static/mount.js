@@ -48,11 +48,11 @@ const whenReady = (place, start) => {
   near.observe(place);
 };
 
-const start = (place) => {
+const start = async (place) => {
   const el = document.createElement("div");
   try {
     const state = JSON.parse(place.querySelector("script[type='application/json']").textContent);
-    modules[place.dataset.widget].render({ model: new PageModel(state), el, fallback: place });
+    await modules[place.dataset.widget].render({ model: new PageModel(state), el, fallback: place });
     place.replaceChildren(el);
     place.dataset.ready = "true";
   } catch (error) {

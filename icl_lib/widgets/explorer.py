@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import inspect
 import itertools
+import json
 import math
 import numbers
 import traceback
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +23,7 @@ from icl_lib.paper.figures import Figure
 from icl_lib.widgets.page import Page, page_html
 
 MAX_FRAMES = 200
-MAX_PAGE_BYTES = 4_000_000
+MAX_PAGE_BYTES = 150_000
 """The most that one :func:`explore` may add to a page, where every combination of its controls is drawn in advance."""
 
 
@@ -35,7 +38,9 @@ def explore(
     """Put controls on a drawing function: ``explore(draw, k=range(1, 9), trained=[False, True])``.
 
     With a kernel, moving a control calls ``draw`` again. While the book is built, ``draw`` is called once for every
-    combination of values, and the page gets the same controls with these frames.
+    combination of values, and the page gets the same controls with these frames. They are compressed together: frames
+    of one drawing differ in little. A page also shows the values under the pointer, plays the first slider, and keeps
+    the controls in its address, so that a figure can be linked in one state.
 
     Args:
         draw: called as ``draw(k=3, trained=False)``. Returns a :class:`~icl_lib.paper.figures.Figure`, a matplotlib
@@ -230,17 +235,22 @@ def _frames(draw: Any, controls: list[_Control], start: list[int]) -> Page:
     first = list(frames)[order[places.index(tuple(start))]]
     state = {
         "controls": [
-            {"label": control.label, "kind": control.kind, "options": control.texts, "at": at}
+            {"name": control.name, "label": control.label, "kind": control.kind, "options": control.texts, "at": at}
             for control, at in zip(controls, start, strict=True)
         ],
-        "frames": [None if text == first else text for text in frames],
+        "frames": _packed([None if text == first else text for text in frames]),
         "order": order,
     }
     page = page_html("explore", state, f'<div class="icl-explore"><div class="icl-frame">{first}</div></div>')
     size = len(page.encode())
     if size > MAX_PAGE_BYTES:
         raise ValueError(
-            f"{len(order)} frames take {size / 1e6:.1f} MB of the page, at most {MAX_PAGE_BYTES / 1e6:.0f} MB: give "
+            f"{len(order)} frames take {size / 1e3:.0f} kB of the page, at most {MAX_PAGE_BYTES / 1e3:.0f} kB: give "
             "some controls fewer values, or draw fewer points in a frame."
         )
     return Page(page)
+
+
+def _packed(frames: list[str | None]) -> str:
+    """The frames as compressed JSON, in base64."""
+    return base64.b64encode(zlib.compress(json.dumps(frames, ensure_ascii=False).encode(), 9)).decode()

@@ -45,13 +45,15 @@ def curves(
     return Figure(fig, alt)
 
 
-def answers(right: Any, said: Any, title: str) -> Figure:
-    """Draw what a model says against what is right, a dot for each question."""
+def answers(right: Any, said: Any, title: str, largest: int) -> Figure:
+    """Draw what a model says against what is right, a dot for each question; the axes go to ``largest``."""
     right, said = np.asarray(right), np.asarray(said)
-    ends = (0, max(right.max(), said.max()) + 1)
+    ends = (0, largest)
     with figure(width=3.9, height=3.7) as (fig, ax):
         ax.plot(ends, ends, color=COLOURS["green"], linestyle="--")
-        ax.plot(right, said, "o", color=COLOURS["vermillion"], alpha=0.45, markeredgewidth=0)
+        ax.plot(
+            right, said, "o", color=COLOURS["vermillion"], alpha=0.45, markeredgewidth=0, label="the model’s answer"
+        )
         ax.set(title=title, xlabel="right answer", ylabel="the model’s answer", aspect="equal", xlim=ends, ylim=ends)
     hit, off = np.mean(right == said), np.abs(right - said).mean()
     return Figure(fig, f"{title}: {hit:.0%} of {len(right)} answers are right; on average they are {off:.1f} off.")

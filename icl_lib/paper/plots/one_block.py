@@ -77,15 +77,15 @@ def removal(
 
 
 def solution_family(
-    steps: Sequence[float], norms: Sequence[float], matrix: np.ndarray, effect: float, rank: int, at: int
+    steps: Sequence[float], norms: Sequence[float], edits: Sequence[np.ndarray], effect: float, rank: int, at: int
 ) -> Row:
     """The norm of the edits along a line in the solution set, and one of these edits.
 
     Args:
         steps: positions on the line; 0 is the least-norm edit.
         norms: Frobenius norm of each edit.
-        matrix: ``[out, in]``, the edit at ``steps[at]``.
-        effect: the relative error of that edit in the pre-activation.
+        edits: ``[out, in]`` each.
+        effect: the relative error of the edit at ``steps[at]`` in the pre-activation.
         rank: the rank of that edit.
         at: the edit to show, an index into ``steps``.
     """
@@ -93,7 +93,7 @@ def solution_family(
         _walked(ax, steps, norms, at)
         ax.set(title="norm of the edit", xlabel="position $t$ on the line", ylim=(0, None))
     with figure(width=2.9, height=2.8) as (heat, ax):
-        heat_map(ax, matrix, np.abs(matrix).max(), numbers=True)
+        heat_map(ax, edits[at], np.abs(edits).max(), numbers=True)
         ax.set(
             title=f"the edit at $t$ = {signed(steps[at])}: rank {rank}", xlabel=f"effect off by {scientific(effect)}"
         )

@@ -123,6 +123,7 @@ def scrubbed(
     predictions: Sequence[float],
     right: float,
     limit: float,
+    answers_range: tuple[float, float],
 ) -> Row:
     """The state after some tokens: the edit so far, the step of the last token, and the predictions up to here.
 
@@ -134,18 +135,19 @@ def scrubbed(
         predictions: the predictions after 0, 1, … tokens, all of them.
         right: the target.
         limit: the largest absolute value on the colour scale of the two matrices.
+        answers_range: the ends of the axis of the predictions, so that several pictures share them.
     """
     with figure(width=3.3, height=3.1, columns=2) as (heat, axes):
         for ax, matrix, title in zip(axes, (update, step), ("$W_i - W$", f"step, α = {rate:.3f}"), strict=True):
             heat_map(ax, matrix, limit, aspect="auto")
             ax.set(title=title, xticks=[], yticks=[])
-        axes[0].set(ylabel="hidden units", xlabel="activation")
+        axes[0].set(ylabel="hidden unit", xlabel="activation")
     with figure(width=3.2, height=3.1) as (answers, ax):
         ax.axhline(right, color=COLOURS["green"], linestyle=":", label="target")
         ax.plot(range(len(predictions)), predictions, color=COLOURS["blue"], alpha=0.3)
         ax.plot(range(token + 1), predictions[: token + 1], color=COLOURS["blue"], label="prediction with $W_i$")
         ax.plot(token, predictions[token], "o", color=COLOURS["blue"], markersize=9)
-        ax.set(title=f"after {token} examples", xlabel="examples read")
+        ax.set(title=f"after {token} examples", xlabel="examples read", ylim=answers_range)
         ax.legend(fontsize="small")
     return Row(
         Figure(
