@@ -69,7 +69,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The widgets need the packages of the extra [widgets]: they are imported at first use, and are not in `__all__`.
-    if name in ("Playground", "Puzzle", "explore"):
+    if name in ("AttentionHead", "Playground", "Puzzle", "explore"):
         from icl_lib import widgets
 
         return getattr(widgets, name)

@@ -18,7 +18,7 @@ import torch
 from IPython.display import HTML
 
 from icl_lib.paper.figures import Figure, figure
-from icl_lib.widgets import Playground, Puzzle, explore, explorer
+from icl_lib.widgets import AttentionHead, Playground, Puzzle, explore, explorer
 from icl_lib.widgets.page import STATIC, module, page_html
 
 
@@ -274,6 +274,43 @@ def test_page_gets_the_playground_and_a_picture():
     data, _ = Playground(a=[1, 0], applied=False)._repr_mimebundle_()
     state, fallback = parts(data["text/html"])
     assert state == {"W": [[1, 0.5], [-0.3, 0.9]], "a": [1, 0], "d": [-0.6, 1], "applied": False}
+    assert 'role="img"' in fallback
+
+
+# --- one attention head
+
+
+def test_attention_head_is_a_block_of_the_library():
+    head = AttentionHead(tokens=torch.eye(2), query=[3, 4], W=[[2, 0], [0, 1]])
+    assert head.tokens == [[1, 0], [0, 1]]
+    parts = np.exp(np.array([25, 3, 4]) / np.sqrt(2) - 25)
+    wanted = parts / parts.sum() @ np.array([[3, 4], [1, 0], [0, 1]]) * [2, 1]
+    tokens, query = (torch.tensor(value, dtype=torch.float64) for value in (head.tokens, head.query))
+    np.testing.assert_allclose(head.block()(tokens, query), wanted, rtol=1e-13)
+    head.uniform = True
+    np.testing.assert_allclose(head.block()(tokens, query), [8 / 3, 5 / 3], rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokens": []}, r"tokens is \[\]: give 1 to 8 pairs"),
+        ({"tokens": np.zeros((9, 2))}, "give 1 to 8 pairs"),
+        ({"tokens": 3}, "tokens is 3: give 1 to 8 pairs"),
+        ({"tokens": [[1, 2], [1, 2, 3]]}, r"tokens\[1\] has shape \(3,\)"),
+        ({"query": [0, 0]}, "query is zero: the theorem needs a₀ ≠ 0"),
+        ({"other": [float("inf"), 0]}, r"other\[0\] is not finite"),
+    ],
+)
+def test_attention_head_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionHead(**values)
+
+
+@pytest.mark.usefixtures("book")
+def test_page_gets_the_attention_head_and_a_picture():
+    state, fallback = parts(AttentionHead(tokens=[[1, 2]])._repr_mimebundle_()[0]["text/html"])
+    assert (state["tokens"], state["uniform"]) == ([[1, 2]], False)
     assert 'role="img"' in fallback
 
 

@@ -1,9 +1,12 @@
 // The rank-one playground: (W + ΔW) a₀ = W a_C with ΔW = W δ a₀ᵀ / ‖a₀‖², by hand.
 //
 // One ES module with two hosts: anywidget where there is a kernel, mount.js on a page without one. The page bundles it
-// into a classic script, so it must not import, and its last statement must be `export default`.
+// into a classic script, so it may import names only, and its last statement must be `export default`.
 
-const HALF = 150; // half the side of a panel, in SVG units
+import {
+  HALF, times, plus, minus, outer, norm, circle, tidy, number, pair, scientific, make, label, Plane, handle, matrix,
+} from "./plane.mjs";
+
 const NEAR = 0.12; // dragged closer to the origin than this, a₀ becomes zero
 const PRESETS = [
   ["Start", null, "Back to the first vectors"],
@@ -12,14 +15,6 @@ const PRESETS = [
   ["δ ⊥ a₀", { a: [1.2, 0.6], d: [-0.8, 1.6] }, "The context turns a₀"],
   ["small a₀", { a: [0.2, 0.1], d: [0.9, 1.3] }, "The smaller a₀, the larger the edit"],
 ];
-
-const times = (M, v) => M.map((row) => row[0] * v[0] + row[1] * v[1]);
-const plus = (u, v) => u.map((x, i) => x + v[i]);
-const minus = (u, v) => u.map((x, i) => x - v[i]);
-const outer = (u, v) => u.map((x) => v.map((y) => x * y));
-const norm = (v) => Math.hypot(...v);
-const circle = (n) => Array.from({ length: n }, (_, i) => (2 * Math.PI * i) / n).map((t) => [Math.cos(t), Math.sin(t)]);
-const tidy = (v) => v.map((x) => Math.round(x * 1e9) / 1e9); // ten steps of 0.1 make exactly 1
 
 /** Everything the playground shows, from its state; `edit` is null where the theorem does not apply (a₀ = 0). */
 export function evaluate({ W, a, d, applied }) {
@@ -37,160 +32,9 @@ export function evaluate({ W, a, d, applied }) {
   return { target, without, left, right, edit, det, rank, edited, result, residual: norm(minus(result, target)) };
 }
 
-const number = (x, digits = 2) => x.toFixed(digits).replace(/^-(0\.?0*)$/, "$1").replace("-", "−");
-const pair = (v) => `(${v.map((x) => number(x)).join(", ")})`;
-const scientific = (x) => {
-  if (x === 0) return "0";
-  if (Math.abs(x) >= 0.01) return number(x, 3);
-  const [mantissa, exponent] = x.toExponential(1).split("e");
-  return `${mantissa.replace("-", "−")} × 10<sup>${exponent.replace("-", "−")}</sup>`;
-};
-
-const make = (tag, attributes = {}, ...children) => {
-  const node = tag.startsWith("svg:")
-    ? document.createElementNS("http://www.w3.org/2000/svg", tag.slice(4))
-    : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-};
-// "W a_C" with a subscript C, for the labels of the drawings and of the text.
-const label = (node, text, tag) => {
-  node.replaceChildren();
-  for (const part of text.split(/(_\w|₀)/)) {
-    if (part === "₀" || part[0] === "_") {
-      const low = tag === "sub" ? make("sub") : make("svg:tspan", { dy: 4, "font-size": "72%" });
-      low.textContent = part === "₀" ? "0" : part[1];
-      node.append(low);
-      if (tag !== "sub") node.append(make("svg:tspan", { dy: -4 }, "\u200b"));
-    } else node.append(part);
-  }
-  return node;
-};
-
-class Plane {
-  constructor(title, reach) {
-    const viewBox = `${-HALF} ${-HALF} ${2 * HALF} ${2 * HALF}`;
-    this.svg = make("svg:svg", { viewBox, role: "group", "aria-label": title });
-    this.node = make("div", { class: "icl-plane" }, make("p", {}, title), this.svg);
-    this.grid = this.svg.appendChild(make("svg:path", { class: "icl-grid" }));
-    this.svg.append(make("svg:path", { class: "icl-axes", d: `M${-HALF} 0H${HALF}M0 ${-HALF}V${HALF}` }));
-    this.scale(reach);
-  }
-  scale(reach) {
-    this.unit = HALF / reach;
-    const step = reach > 20 ? 10 : reach > 8 ? 5 : 1;
-    let lines = "";
-    for (let x = step; x < reach; x += step) {
-      for (const p of [x * this.unit, -x * this.unit]) lines += `M${p} ${-HALF}V${HALF}M${-HALF} ${p}H${HALF}`;
-    }
-    this.grid.setAttribute("d", lines);
-  }
-  at([x, y]) {
-    return [x * this.unit, -y * this.unit];
-  }
-  ellipse(name) {
-    return this.svg.appendChild(make("svg:path", { class: `icl-ellipse ${name}` }));
-  }
-  setEllipse(node, M) {
-    const points = circle(72).map((v) => this.at(times(M, v)).map((x) => x.toFixed(1)).join(" "));
-    node.setAttribute("d", `M${points.join("L")}Z`);
-  }
-  /** A line through the origin, across the whole panel. */
-  setLine(node, v) {
-    const [x, y] = this.at(v.map((component) => component / (norm(v) || 1)));
-    const far = (2 * HALF) / this.unit;
-    node.setAttribute("d", `M${-far * x} ${-far * y}L${far * x} ${far * y}`);
-  }
-  arrow(name) {
-    const text = make("svg:text", { "aria-hidden": true });
-    const [line, head] = [make("svg:path", { class: "icl-line" }), make("svg:path", { class: "icl-head" })];
-    const group = this.svg.appendChild(make("svg:g", { class: `icl-arrow ${name}` }, line, head, text));
-    return { group, line, head, text };
-  }
-  setArrow({ group, line, head, text }, from, to, name = "", below = false) {
-    const [x0, y0] = this.at(from);
-    const [x, y] = this.at(to);
-    const length = Math.hypot(x - x0, y - y0);
-    group.style.display = "";
-    const [ux, uy] = length ? [(x - x0) / length, (y - y0) / length] : [0, 0];
-    const tip = Math.min(10, length);
-    const [bx, by] = [x - tip * ux, y - tip * uy];
-    line.setAttribute("d", `M${x0} ${y0}L${bx} ${by}`);
-    head.setAttribute("d", length < 1 ? "" : `M${x} ${y}L${bx - 5 * uy} ${by + 5 * ux}L${bx + 5 * uy} ${by - 5 * ux}Z`);
-    label(text, name);
-    // Beside the tip, away from the origin (or beside the middle of an arrow that starts elsewhere), within the panel.
-    const half = name.replace(/_/g, "").length * 5.1;
-    const away = 9 + half * Math.abs(uy);
-    const [tx, ty] = norm(from) > 0
-      ? [(x0 + x) / 2 - away * uy, (y0 + y) / 2 + away * ux + 5]
-      : [x + (x < 0 ? -1 : 1) * (half + 12), y + (below ? 24 : -14)];
-    const x1 = Math.min(Math.max(tx, half + 6 - HALF), HALF - half - 6);
-    const y1 = Math.min(Math.max(ty, 18 - HALF), HALF - 8);
-    text.setAttribute("x", x1.toFixed(1));
-    text.setAttribute("y", y1.toFixed(1));
-  }
-}
-
-/** A draggable tip. `move` gets the new plane coordinates from the pointer or the arrow keys. */
-function handle(plane, name, text, move, current) {
-  const role = { role: "slider", "aria-roledescription": "movable point", "aria-label": text };
-  const node = make(
-    "svg:g",
-    { class: `icl-handle ${name}`, tabindex: 0, ...role },
-    // a₀ has the wider grip, so that it can still be taken where a_C lies on it.
-    make("svg:circle", { class: "icl-touch", r: name === "icl-a" ? 27 : 19 }),
-    make("svg:circle", { class: "icl-ring", r: name === "icl-a" ? 20 : 14 }),
-    make("svg:circle", { class: "icl-dot", r: 8 }),
-  );
-  plane.svg.append(node);
-  let grip = null;
-  const pointer = (event) => {
-    const p = new DOMPoint(event.clientX, event.clientY).matrixTransform(plane.svg.getScreenCTM().inverse());
-    return [p.x / plane.unit, -p.y / plane.unit];
-  };
-  node.addEventListener("pointerdown", (event) => {
-    if (event.button) return;
-    event.preventDefault();
-    node.focus({ preventScroll: true });
-    node.setPointerCapture(event.pointerId);
-    grip = minus(current(), pointer(event));
-  });
-  node.addEventListener("pointermove", (event) => grip && move(plus(pointer(event), grip), NEAR));
-  for (const end of ["pointerup", "pointercancel"]) node.addEventListener(end, () => (grip = null));
-  // Chromium applies CSS's touch-action to boxes, but not to the shapes of an SVG.
-  node.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
-  node.addEventListener("keydown", (event) => {
-    const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
-    if (!way || event.altKey || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
-    event.stopPropagation();
-    const step = event.shiftKey ? 0.02 : 0.1;
-    move(plus(current(), way.map((x) => x * step)), 0);
-  });
-  return (v) => {
-    node.setAttribute("transform", `translate(${plane.at(v).join(" ")})`);
-    node.setAttribute("aria-valuenow", number(norm(v)));
-    node.setAttribute("aria-valuetext", `x ${number(v[0])}, y ${number(v[1])}`);
-  };
-}
-
-const matrix = (rows, caption, heat) => {
-  const peak = Math.max(...rows.flat().map(Math.abs), 1e-300);
-  const cells = rows.flat().map((x) => {
-    const style = `--heat:${Math.round((60 * Math.abs(x)) / peak)}%`;
-    return make("span", heat ? { class: x < 0 ? "icl-minus" : "icl-plus", style } : {}, number(x));
-  });
-  const columns = `grid-template-columns:repeat(${rows[0].length},auto)`;
-  const grid = make("span", { class: "icl-cells", style: columns }, ...cells);
-  const text = make("span", { class: "icl-caption" });
-  text.innerHTML = caption;
-  return make("span", { class: "icl-matrix" }, grid, text);
-};
-
 function render({ model, el }) {
   const state = () => Object.fromEntries(["W", "a", "d", "applied"].map((name) => [name, model.get(name)]));
-  const start = { a: model.get("a"), d: model.get("d") };
+  const start = { W: model.get("W"), a: model.get("a"), d: model.get("d") };
   const set = (changes) => {
     for (const [name, value] of Object.entries(changes)) model.set(name, value);
     model.save_changes();
@@ -214,9 +58,9 @@ function render({ model, el }) {
     gap: output.arrow("icl-gap"),
   };
   // Either vector moves by itself; δ is their difference.
-  const moveA = (v, near) => {
+  const moveA = (v, pointed) => {
     const { a, d } = state();
-    const to = within(norm(v) <= near ? [0, 0] : v);
+    const to = within(norm(v) <= (pointed ? NEAR : 0) ? [0, 0] : v);
     set({ a: to, d: tidy(minus(plus(a, d), to)) });
   };
   const moveC = (v) => set({ d: tidy(minus(within(v), model.get("a"))) });
@@ -224,6 +68,19 @@ function render({ model, el }) {
   const at = { a: () => model.get("a"), aC: () => plus(model.get("a"), model.get("d")) };
   const placeA = handle(input, "icl-a", `a₀, the input without the context; ${hint}`, moveA, at.a);
   const placeC = handle(input, "icl-aC", `a_C, the input with the context; ${hint}`, moveC, at.aC);
+
+  // The columns of W are the images of the two unit vectors.
+  const placeColumns = [0, 1].map((k) => {
+    const current = () => model.get("W").map((row) => row[k]);
+    const move = (v) => {
+      const reached = HALF / output.unit;
+      const to = tidy(v.map((x) => (x * reached) / Math.max(reached, 1.1 * norm(v))));
+      set({ W: model.get("W").map((row, i) => row.map((x, j) => (j === k ? to[i] : x))) });
+    };
+    const place = handle(output, "icl-column", `column ${k + 1} of W; ${hint}`, move, current);
+    place.node.addEventListener("blur", () => draw());
+    return () => place(current());
+  });
 
   const toggle = make("input", { type: "checkbox", role: "switch", "aria-label": "apply ΔW" });
   toggle.addEventListener("change", () => set({ applied: toggle.checked }));
@@ -235,7 +92,8 @@ function render({ model, el }) {
   const note = make("p", { class: "icl-note" });
   note.innerHTML =
     "Dotted: the unit circle and its image under W. Green: its image under W + ΔW. Dashed: the line perpendicular to " +
-    "a<sub>0</sub>, and its image. The edit does not move it.";
+    "a<sub>0</sub>, and its image. The edit does not move it. The two small points are the columns of W. " +
+    "<strong>Challenge:</strong> find a context that no edit of W can imitate.";
   const controls = make(
     "div", { class: "icl-controls" },
     make("label", { class: "icl-switch" }, toggle, " apply ΔW"), make("span", { class: "icl-presets" }, ...presets));
@@ -289,10 +147,11 @@ function render({ model, el }) {
     const aC = plus(a, d);
     const origin = [0, 0];
     const spread = Math.max(...circle(12).map((v) => norm(times(W, v))));
-    output.scale(1.08 * reach * spread || 1);
+    if (!el.querySelector(".icl-column:focus")) output.scale(1.08 * reach * spread || 1); // not under the pointer
     toggle.checked = applied;
     placeA(a);
     placeC(aC);
+    placeColumns.forEach((place) => place());
     input.setEllipse(unit, [[1, 0], [0, 1]]);
     input.setArrow(arrows.a, origin, a, "a₀", a[1] < aC[1]);
     input.setArrow(arrows.aC, origin, aC, "a_C", aC[1] < a[1]);
@@ -309,9 +168,10 @@ function render({ model, el }) {
     goalRow("W a_C", pair(seen.target));
     if (!seen.edit) {
       const message = make("p", { class: "icl-message", role: "alert" });
-      message.innerHTML =
-        "<strong>a<sub>0</sub> = 0: there is no such edit.</strong> Every weight matrix maps 0 to 0, so no ΔW has " +
-        "an effect here; the theorem needs a<sub>0</sub> ≠ 0. Drag a<sub>0</sub> away from the origin.";
+      message.innerHTML = norm(d)
+        ? "<strong>Found: with a<sub>0</sub> = 0 there is no such edit.</strong> Every weight matrix maps 0 to 0, so no " +
+          "ΔW has an effect here, and the context has one. The theorem needs a<sub>0</sub> ≠ 0; this is its only condition."
+        : "<strong>a<sub>0</sub> = a<sub>C</sub> = 0:</strong> the context changes nothing, and there is nothing to imitate.";
       edit.replaceChildren(message);
       resultRow("(W + ΔW) a₀", "not defined");
       residualRow("‖(W + ΔW) a₀ − W a_C‖", "not defined").removeAttribute("data-residual");

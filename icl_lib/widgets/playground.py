@@ -10,10 +10,10 @@ import traitlets
 
 from icl_lib.environment import building_book
 from icl_lib.paper.figures import PLANE_EXAMPLE, plane_array, rank_one_picture
-from icl_lib.widgets.page import STATIC, page_html
+from icl_lib.widgets.page import STATIC, module, page_html
 
 
-class _PlaneArray(traitlets.TraitType):
+class PlaneArray(traitlets.TraitType):
     """Numbers of a fixed shape as nested lists. Takes tensors and arrays too; an error names what is wrong."""
 
     def validate(self, obj: Any, value: Any) -> Any:
@@ -23,9 +23,10 @@ class _PlaneArray(traitlets.TraitType):
 class Playground(anywidget.AnyWidget):
     r"""The rank-one edit in the plane: drag the inputs of the layer, and $(W + \Delta W)\,a_0$ stays at $W a_C$.
 
-    Two vectors can be moved by mouse, touch or arrow keys: ``a`` is $a_0$, the input without the context, and
-    ``a + d`` is $a_C = a_0 + \delta$, the input with it. The browser applies $W + \Delta W$ to $a_0$ and prints the
-    distance to $W a_C$. With ``applied=False``, the negative control, it applies $W$ alone.
+    By mouse, touch or arrow keys, the reader moves ``a``, which is $a_0$, the input without the context, and
+    ``a + d``, which is $a_C = a_0 + \delta$, the input with it, and the two columns of ``W``. The browser applies
+    $W + \Delta W$ to $a_0$ and prints the distance to $W a_C$. With ``applied=False``, the negative control, it applies
+    $W$ alone.
 
     With a kernel, the attributes ``W``, ``a``, ``d`` and ``applied`` change when the reader moves something, and
     ``observe`` reports it.
@@ -39,12 +40,12 @@ class Playground(anywidget.AnyWidget):
     ([1.0, 0.0], True)
     """
 
-    _esm = STATIC / "playground.mjs"
+    _esm = module("playground")
     _css = STATIC / "widgets.css"
 
-    W = _PlaneArray().tag(sync=True)
-    a = _PlaneArray().tag(sync=True)
-    d = _PlaneArray().tag(sync=True)
+    W = PlaneArray().tag(sync=True)
+    a = PlaneArray().tag(sync=True)
+    d = PlaneArray().tag(sync=True)
     applied = traitlets.Bool(True).tag(sync=True)
 
     def __init__(
