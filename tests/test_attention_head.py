@@ -48,12 +48,12 @@ def visit(browser: Browser, address: str, request: pytest.FixtureRequest) -> Ite
 
 @pytest.fixture
 def head(visit: Visit) -> Locator:
-    return visit.page.locator(".icl-head-widget")
+    return visit.page.locator(".icl-attention")
 
 
 @pytest.fixture
 def playground(visit: Visit) -> Locator:
-    return visit.page.locator(".icl-playground:not(.icl-head-widget)")
+    return visit.page.locator(".icl-playground")
 
 
 def residual(head: Locator, name: str) -> float:
@@ -185,7 +185,7 @@ def test_columns_of_the_layer_move_and_the_challenge_has_its_answer(playground, 
     column.press("ArrowRight")
     assert column.get_attribute("aria-valuetext") == "x 1.10, y −0.30"
     assert float(playground.locator("[data-residual]").get_attribute("data-residual")) < EXACT
-    assert "no edit of W can imitate" in playground.locator(".icl-note").inner_text()
+    assert "no edit of W can close the gap" in playground.locator(".icl-note").inner_text()
     a, aC = (playground.locator(f".icl-handle.icl-{name}") for name in ("a", "aC"))
     a.focus()
     for key, times in (("ArrowLeft", 15), ("ArrowDown", 4)):

@@ -27,7 +27,7 @@ CELLS = [
     """\
 import ipywidgets
 from icl_lib.paper.figures import Figure, figure
-from icl_lib.widgets import Playground, Puzzle, explore""",
+from icl_lib.widgets import AttentionHead, Playground, Puzzle, explore""",
     "playground = Playground()\nplayground",
     """\
 seen = ipywidgets.Label("nothing yet").add_class("python-sees")
@@ -46,6 +46,12 @@ explore(draw, power=range(1, 6), dashed=[False, True])""",
 moved = ipywidgets.Label("in the prompt").add_class("python-moved")
 puzzle.observe(lambda _: setattr(moved, "value", f"served: {puzzle.serves}"), "serves")
 moved""",
+    """\
+head = AttentionHead()
+counted = ipywidgets.Label("three").add_class("python-counts")
+head.observe(lambda _: setattr(counted, "value", f"tokens: {len(head.tokens)} {head.query}"), ["tokens", "query"])
+ipywidgets.VBox([head, counted])""",
+    "head.query = [2, -1]",
 ]
 
 
@@ -135,6 +141,16 @@ def test_a_chapter_in_jupyterlab(browser: Browser, tmp_path: Path):
         puzzle.get_by_role("switch").check()
         expect(page.locator(".python-moved")).to_have_text("served: ['2+8']")
         assert [column.locator("b").first.inner_text() for column in puzzle.locator("ol").all()] == ["20", "7", "20"]
+
+        head = page.locator(".icl-attention")
+        expect(head.locator(".icl-handle.icl-a")).to_have_attribute("aria-valuetext", "x 2.00, y −1.00")
+        expect(page.locator(".python-counts")).to_have_text("tokens: 3 [2.0, -1.0]")
+        head.get_by_role("button", name="Add a token").click()
+        expect(page.locator(".python-counts")).to_have_text("tokens: 4 [2.0, -1.0]")
+        head.locator(".icl-token").first.focus()
+        page.keyboard.press("Delete")
+        expect(page.locator(".python-counts")).to_have_text("tokens: 3 [2.0, -1.0]")
+        assert float(head.locator("[data-steps]").get_attribute("data-steps")) < 1e-12
         if shots := os.environ.get("SCREENSHOTS"):
             page.screenshot(path=f"{shots}/jupyterlab.png")
         assert visit.outside == []

@@ -245,6 +245,23 @@ def _drive(page: Page, explore: Locator) -> None:
     assert frame.inner_text().strip() or frame.locator("svg, img").count()
 
 
+def test_widgets_are_light(site: Path, capsys: pytest.CaptureFixture[str]):
+    """What each widget adds to its page, as a table."""
+    sizes = [
+        (len(found[0].encode()) / 1000, name, found[1])
+        for name in pages(site, WIDGET)
+        for found in re.finditer(
+            r'<div class="icl-widget" data-widget="(\w+)"><script type="application/json">.*?</script>',
+            (site / name).read_text(encoding="utf-8"),
+            re.DOTALL,
+        )
+    ]
+    with capsys.disabled():
+        print("".join(f"\n{size:6.1f} kB  {kind:10}  {name}" for size, name, kind in sorted(sizes, reverse=True)))
+    assert sizes
+    assert max(sizes)[0] <= 150
+
+
 def test_explore_changes_its_frame_by_keyboard(visit: Visit, address: str, site: Path):
     found = pages(site, f'{WIDGET} data-widget="explore"')
     assert found, "no page of the book has an explore"

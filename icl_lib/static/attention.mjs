@@ -189,7 +189,7 @@ function render({ model, el }) {
     fact("icl-wrong", "‖(W + ΔW) x′ − W A(C, x′)‖", scientific(seen.residuals.other), "other");
   };
 
-  el.classList.add("icl-playground", "icl-head-widget");
+  el.classList.add("icl-attention");
   el.setAttribute("data-lm-suppress-shortcuts", "true"); // the arrow keys go to the handles, not to JupyterLab
   const scroll = make("div", { class: "icl-scroll" }, table);
   el.replaceChildren(make("div", { class: "icl-planes" }, input.node, output.node), controls, scroll, edit, facts);

@@ -93,7 +93,7 @@ function render({ model, el }) {
   note.innerHTML =
     "Dotted: the unit circle and its image under W. Green: its image under W + ΔW. Dashed: the line perpendicular to " +
     "a<sub>0</sub>, and its image. The edit does not move it. The two small points are the columns of W. " +
-    "<strong>Challenge:</strong> find a context that no edit of W can imitate.";
+    "<strong>Challenge:</strong> move the arrows so that no edit of W can close the gap.";
   const controls = make(
     "div", { class: "icl-controls" },
     make("label", { class: "icl-switch" }, toggle, " apply ΔW"), make("span", { class: "icl-presets" }, ...presets));
