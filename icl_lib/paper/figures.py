@@ -225,12 +225,13 @@ def _draw(fig: MatplotlibFigure) -> str:
     buffer, marks = io.StringIO(), {}
     for ax in fig.axes:
         lines = {_plain(line.get_label()): line for line in ax.lines if not line.get_label().startswith("_")}
-        if not lines and ax.lines:
-            lines = {_plain(ax.get_ylabel() or ax.get_title(loc="left")): ax.lines[0]}
+        curves = [line for line in ax.lines if len(line.get_xdata()) > 2]
+        if not lines and curves:
+            lines = {_plain(ax.get_ylabel() or ax.get_title(loc="left")): curves[0]}
         for name, line in lines.items():
             line.set_gid(f"icl-mark-{len(marks)}")
             marks[line.get_gid()] = f'data-name="{html.escape(name)}"'
-        if lines or ax.images:
+        if curves or ax.images:
             ax.set_gid(f"icl-mark-{len(marks)}")
             marks[ax.get_gid()] = f'data-axes="{html.escape(json.dumps(_facts(ax), ensure_ascii=False))}"'
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "icl_lib"}):
@@ -248,7 +249,7 @@ def _facts(ax: Axes) -> dict[str, Any]:
     facts: dict[str, Any] = {
         name: {
             "label": _plain(getattr(ax, f"get_{name}label")()),
-            "limits": [float(end) for end in getattr(ax, f"get_{name}lim")()],
+            "limits": [float(f"{end:.9g}") for end in getattr(ax, f"get_{name}lim")()],
             "scale": getattr(ax, f"get_{name}scale")(),
         }
         for name in "xy"
