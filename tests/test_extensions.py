@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import doctest
-import io
 import json
 import re
 
@@ -25,7 +23,6 @@ import section_search
 import symbols
 from conftest import ROOT
 from docutils import nodes
-from PIL import Image
 from pybtex.database import parse_string
 from sphinx.errors import ConfigError
 
@@ -245,25 +242,6 @@ def test_the_rules_that_a_page_can_use():
     .bs-tooltip-top{left:0} @font-face{font-family:Font Awesome; src:url(x)} .fa{x:y} @keyframes fa-spin{to{x:y}}"""
     expected = "a:not(.b, .c) .d{color:red}@media (width > 1px){.d{top:1px}}.bs-tooltip-top{left:0}"
     assert page_assets.used_rules(css, {"d", "fa"}) == expected
-
-
-def test_pictures_of_few_colours_get_a_palette_and_keep_their_pixels():
-    def png(image: Image.Image) -> str:
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        return base64.b64encode(file.getvalue()).decode()
-
-    few = Image.effect_noise((90, 90), 50).convert("RGBA")
-    clear = few.copy()
-    clear.putalpha(99)
-    many = Image.merge("RGBA", (*(Image.effect_noise((90, 90), 50) for _ in range(3)), Image.new("L", (90, 90), 255)))
-    for image, smaller in ((few, True), (clear, False), (many, False)):
-        given = png(image)
-        page = page_assets.lighter(f'<image href="data:image/png;base64,{given[:50]}\\n{given[50:]}\n"/>')
-        found = re.search(r'base64,(.*)"/>', page)[1]
-        assert (len(found) < len(given)) == smaller
-        with Image.open(io.BytesIO(base64.b64decode(found))) as shown:
-            assert shown.convert("RGBA").tobytes() == image.tobytes()
 
 
 def test_formulas_are_set_also_in_the_frames_of_a_widget():

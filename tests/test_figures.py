@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from icl_lib.paper.figures import (
     COLOURS,
@@ -20,6 +25,7 @@ from icl_lib.paper.figures import (
     Figure,
     _draw,
     figure,
+    heat_map,
     plane_array,
     rank_one_picture,
     shade,
@@ -217,3 +223,20 @@ def test_rank_one_picture_refuses(changes, message):
 
 def test_plane_array_copies_nothing_wrong():
     assert plane_array("W", torch.eye(2, requires_grad=True)).tolist() == [[1, 0], [0, 1]]
+
+
+def test_a_heat_map_has_a_pixel_for_each_entry_and_a_palette():
+    matrix = np.random.default_rng(0).normal(size=(20, 12)).clip(-2, 2)
+    matrix[3, 4] = 0
+    with figure() as (fig, ax):
+        heat_map(ax, matrix, limit=2)
+    svg = Figure(fig, "numbers").svg
+    with Image.open(io.BytesIO(base64.b64decode(re.search(r'base64,([^"]+)"', svg)[1]))) as image:
+        assert (image.mode, image.size) == ("P", (12, 20))
+        pixels = np.asarray(image.convert("RGB"))
+    heat = json.loads(html.unescape(re.search(r'data-axes="([^"]+)"', svg)[1]))["heat"]
+    levels = np.vectorize(lambda *rgb: heat["colours"].index(bytes(rgb).hex()))(*np.moveaxis(pixels, -1, 0).astype(int))
+    read = -2 + 4 * (levels + 0.5) / len(heat["colours"])
+    np.testing.assert_allclose(read, matrix, atol=4 / len(heat["colours"]))
+    assert read[3, 4] == pytest.approx(0, abs=1e-12), "zero has a colour of its own"
+    assert np.abs(read - matrix[::-1]).max() > 1, "the control: upside down"

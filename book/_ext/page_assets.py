@@ -4,16 +4,13 @@
 - The small language model becomes another, which a widget loads after the page is drawn: see mount.js.
 - RequireJS, the ipywidgets manager and the widgets' saved state stay only on pages with a live ipywidgets view.
 - A page loads neither an icon font nor what Sphinx needs for its own search; book.js loads ours when a reader searches.
-- Heat maps have at most 256 colours, so their pictures take a byte for each pixel in place of four.
 - The theme's style sheet has ten times the rules that the book uses: pages load those that they can use.
 """
 
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -21,8 +18,6 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 BOOK = Path(__file__).resolve().parents[1]
 STATIC = BOOK.parent / "icl_lib" / "static"
@@ -52,7 +47,6 @@ NEEDED = {  # in the body of a page that loads the file
     "togglebutton.css": "dropdown",
     "togglebutton.js": "dropdown",
 }
-_PICTURE = re.compile(r"(?<=data:image/png;base64,)(?:[A-Za-z0-9+/=\s]|\\n)+")
 IPYWIDGETS = ("require.min.js", "embed-amd.js")
 
 
@@ -135,21 +129,6 @@ def without_unused(page: str) -> str:
     names = "|".join(map(re.escape, UNUSED))
     page = re.sub(rf'\s*<script\b[^>]*\bsrc="(?:[^"]*/)?(?:{names})(?:\?[^"]*)?"[^>]*></script>', "", page)
     return re.sub(rf'{re.escape(THEME)}(?:\?[^"]*)?(?=")', THEME_USED, page)
-
-
-@functools.cache
-def with_palette(picture: str) -> str:
-    """A PNG in base64 with the same pixels and a palette; as it is, if it has more than 256 colours or transparency."""
-    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
-        given = image.convert("RGBA")
-    if given.getcolors(256) is None or given.getextrema()[3] != (255, 255):
-        return picture
-    pixels, small = given.convert("RGB"), io.BytesIO()
-    indexed = pixels.convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
-    if indexed.convert("RGB").tobytes() != pixels.tobytes():
-        return picture
-    indexed.save(small, "PNG", optimize=True)
-    return min(picture, base64.b64encode(small.getvalue()).decode(), key=len)
 
 
 def blocks(css: str) -> Iterator[tuple[str, str]]:
@@ -237,16 +216,11 @@ def choose(app: Any, pagename: str, templatename: str, context: dict[str, Any], 
     context["css_files"][:] = [css for css in context["css_files"] if used(str(getattr(css, "filename", css)), body)]
 
 
-def lighter(page: str) -> str:
-    """The finished page without what it does not use, and with smaller pictures. Line breaks may be escaped in them."""
-    return _PICTURE.sub(lambda found: with_palette(re.sub(r"\s|\\n", "", found[0])), without_unused(page))
-
-
 def install(app: Any) -> None:
     """Make every page lighter that the builder's templates make."""
     if app.builder.format == "html":
         render = app.builder.templates.render
-        app.builder.templates.render = lambda template, context: lighter(render(template, context))
+        app.builder.templates.render = lambda template, context: without_unused(render(template, context))
 
 
 def finish(app: Any, exception: Exception | None) -> None:

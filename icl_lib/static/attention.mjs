@@ -65,13 +65,14 @@ function render({ model, el }) {
   const input = new Plane("What the head reads: tokens, query x", REACH);
   const output = new Plane("What the layer outputs for x, token by token", 1);
   const [rays, targets] = [input, output].map((plane) => plane.svg.appendChild(make("svg:g")));
-  const arrows = Object.fromEntries(
-    [[input, "aC"], [output, "a"], [output, "new"], [output, "gap"]].map(([plane, name]) => [name, plane.arrow(`icl-${name}`)]),
-  );
+  const drawn = [[input, "aC"], [output, "a"], [output, "new"], [output, "gap"]];
+  const arrows = Object.fromEntries(drawn.map(([plane, name]) => [name, plane.arrow(`icl-${name}`)]));
   const trails = [input, output].map((plane) => plane.svg.appendChild(make("svg:g", { class: "icl-trail" })));
   const place = {};
-  for (const [name, text, words, kind] of [["other", "x′", "another query", "icl-other"], ["query", "x", "the query", "icl-a"]]) {
-    place[name] = handle(input, kind, `${text}, ${words}; ${HINT}`, (v) => set({ [name]: within(v) }), () => model.get(name));
+  const queries = [["other", "x′", "another query", "icl-other"], ["query", "x", "the query", "icl-a"]];
+  for (const [name, text, words, kind] of queries) {
+    const move = (v) => set({ [name]: within(v) });
+    place[name] = handle(input, kind, `${text}, ${words}; ${HINT}`, move, () => model.get(name));
     place[name].node.append(make("svg:text", { y: -13, "aria-hidden": true }, text));
   }
   let places = [];
@@ -155,7 +156,8 @@ function render({ model, el }) {
     output.setArrow(arrows.new, [0, 0], seen.target, "W A", true);
     if (seen.edit) trail(trails[1], output, [times(W, query), ...seen.steps.map((step) => step.output)]);
     arrows.gap.group.style.display = "none";
-    if (seen.edit && seen.residuals.other * output.unit > 1) output.setArrow(arrows.gap, seen.there, seen.wanted, "gap at x′");
+    const gap = seen.edit && seen.residuals.other * output.unit > 1;
+    if (gap) output.setArrow(arrows.gap, seen.there, seen.wanted, "gap at x′");
 
     const cells = (tag, texts) => make("tr", {}, ...texts.map((text) => {
       const cell = make(tag);

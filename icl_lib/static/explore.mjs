@@ -1,8 +1,8 @@
 // The controls of explore(), and the frames that were drawn when the page was built.
 //
 // The state is {controls: [{name, label, kind, options, at}], frames, order: [frame of each combination, the last
-// control fastest]}. `frames` is [html, …] as JSON, compressed (zlib), in base64. There null stands for the frame shown
-// without JavaScript, which is in the page already. The last statement is `export default`, as in playground.mjs.
+// control fastest]}. `frames` is [html, …], or the same as JSON, compressed (zlib), in base64. There null stands for
+// the frame shown without JavaScript, which is in the page already. The last statement is `export default`, as in playground.mjs.
 
 import { readValues } from "./values.mjs";
 
@@ -24,8 +24,9 @@ const words = (node) => {
   return texts.filter(Boolean).join(" ") || node.textContent;
 };
 
-/** A compressed JSON text. */
+/** A list, or what it is packed into. */
 const unpacked = async (text) => {
+  if (typeof text !== "string") return text;
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return JSON.parse(await new Response(stream).text());

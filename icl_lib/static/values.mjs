@@ -8,6 +8,9 @@ const draw = (tag, attributes) => {
   return node;
 };
 
+/** The middles of equal parts between two ends. */
+const middles = (count, from, to) => Array.from({ length: count }, (_, i) => from + ((i + 0.5) / count) * (to - from));
+
 /** Three digits, with the minus sign and the powers of ten of the text. */
 const number = (x) => {
   const [mantissa, exponent] = x.toPrecision(3).split("e");
@@ -15,7 +18,8 @@ const number = (x) => {
   return `${Number(mantissa)}${high && ` × 10${high}`}`.replace("-", "−");
 };
 
-const pairs = (path) => [...path.getAttribute("d").matchAll(/[ML] (\S+) (\S+)/g)].map(([, x, y]) => [Number(x), Number(y)]);
+const pairs = (path) =>
+  [...path.getAttribute("d").matchAll(/[ML] (\S+) (\S+)/g)].map(([, x, y]) => [Number(x), Number(y)]);
 
 /** From a place between two ends to the value there, as exactly as a drawing shows it. */
 const scaled = ({ limits: [low, high], scale }, part) => {
@@ -39,8 +43,8 @@ class Axes {
     });
     if (this.heat) {
       [this.columns, this.rows] = ["width", "height"].map((side) => Number(this.image.getAttribute(side)));
-      this.xs = Array.from({ length: this.columns }, (_, j) => this.left + ((j + 0.5) / this.columns) * (this.right - this.left));
-      this.ys = Array.from({ length: this.rows }, (_, i) => this.top + ((i + 0.5) / this.rows) * (this.bottom - this.top));
+      this.xs = middles(this.columns, this.left, this.right);
+      this.ys = middles(this.rows, this.top, this.bottom);
     } else {
       const places = this.curves.flatMap(({ points }) => (points.length > 2 ? points.map(([x]) => x) : []));
       this.xs = [...new Set(places)].filter((x) => x > this.left - 1 && x < this.right + 1).sort((a, b) => a - b);
@@ -58,12 +62,13 @@ class Axes {
   async read(column, row) {
     const x = this.xs[column];
     if (this.heat) {
-      const [wide, high] = [this.right - this.left, this.bottom - this.top].map((side, k) => side / [this.columns, this.rows][k]);
-      const mark = draw("rect", { x: x - wide / 2, y: this.ys[row] - high / 2, width: wide, height: high });
+      const [width, height] = [(this.right - this.left) / this.columns, (this.bottom - this.top) / this.rows];
+      const mark = draw("rect", { x: x - width / 2, y: this.ys[row] - height / 2, width, height });
       const level = await this.#level(column, row);
       const name = ({ label, names }, i, plain) => [label || (names ? "" : plain), names?.[i] ?? i + 1].join(" ").trim();
       const where = `${name(this.y, row, "row")}, ${name(this.x, column, "column")}`;
-      return { where, said: number(scaled({ limits: this.heat.limits }, (level + 0.5) / this.heat.colours.length)), marks: [mark] };
+      const value = scaled(this.heat, (level + 0.5) / this.heat.colours.length);
+      return { where, said: number(value), marks: [mark] };
     }
     const said = [];
     const marks = [draw("path", { d: `M${x} ${this.top}V${this.bottom}` })];
@@ -71,8 +76,8 @@ class Axes {
       const found = joined ? between(points, x) : points.filter(([at]) => Math.abs(at - x) < 0.5).map(([, y]) => y);
       const seen = [...new Set(found)].filter((y) => y > this.top - 1 && y < this.bottom + 1);
       marks.push(...seen.map((y) => draw("circle", { cx: x, cy: y, r: 4 })));
-      const values = seen.map((y) => scaled(this.y, (this.bottom - y) / (this.bottom - this.top))).sort((a, b) => a - b);
-      if (seen.length) said.push(`${name} ${values.map(number).join(", ")}`);
+      const values = seen.map((y) => scaled(this.y, (this.bottom - y) / (this.bottom - this.top)));
+      if (seen.length) said.push(`${name} ${values.sort((a, b) => a - b).map(number).join(", ")}`);
     }
     const where = `${this.x.label || "x"} ${number(scaled(this.x, (x - this.left) / (this.right - this.left)))}`;
     return { where, said: said.join("; "), marks };
@@ -98,7 +103,8 @@ class Axes {
 const between = (points, x) => {
   for (let i = 1; i < points.length; i++) {
     const [[x0, y0], [x1, y1]] = [points[i - 1], points[i]];
-    if (x >= Math.min(x0, x1) - 0.01 && x <= Math.max(x0, x1) + 0.01) return [x1 === x0 ? y1 : y0 + ((y1 - y0) * (x - x0)) / (x1 - x0)];
+    if (x < Math.min(x0, x1) - 0.01 || x > Math.max(x0, x1) + 0.01) continue;
+    return [x1 === x0 ? y1 : y0 + ((y1 - y0) * (x - x0)) / (x1 - x0)];
   }
   return [];
 };
@@ -130,7 +136,8 @@ export function readValues(frame, say) {
   frame.addEventListener("pointermove", (event) => {
     for (const [k, each] of axes.entries()) {
       const p = new DOMPoint(event.clientX, event.clientY).matrixTransform(each.svg.getScreenCTM().inverse());
-      if (each.holds([p.x, p.y])) return put({ axes: k, column: nearest(each.xs, p.x), row: each.heat ? nearest(each.ys, p.y) : 0 });
+      if (!each.holds([p.x, p.y])) continue;
+      return put({ axes: k, column: nearest(each.xs, p.x), row: each.heat ? nearest(each.ys, p.y) : 0 });
     }
   });
   frame.addEventListener("pointerleave", () => frame.matches(":focus-visible") || put(null));

@@ -251,6 +251,8 @@ def _frames(draw: Any, controls: list[_Control], start: list[int]) -> Page:
     return Page(page)
 
 
-def _packed(frames: list[str | None]) -> str:
-    """The frames as compressed JSON, in base64."""
+def _packed(frames: list[str | None]) -> str | list[str | None]:
+    """The frames as compressed JSON, in base64; as they are where the build has still to set their formulas."""
+    if any('class="math' in (frame or "") for frame in frames):
+        return frames
     return base64.b64encode(zlib.compress(json.dumps(frames, ensure_ascii=False).encode(), 9)).decode()
