@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -132,3 +133,12 @@ def test_the_search_finds_sections(browser: Browser, address: str, site: Path):
         page.wait_for_function("document.documentElement.dataset.search")
         assert page.locator("#search-results li a").count() > 1
         assert visit.problems() == []
+
+
+@pytest.mark.slow
+def test_every_icon_of_the_pages_is_drawn(site: Path):
+    drawn = set(re.findall(r"\.(fa-[\w-]+)", (site / "_static" / "icons.css").read_text(encoding="utf-8")))
+    sizes = {"fa-solid", "fa-lg", "fa-brands", "fa-regular", "fa-fw"}
+    for page in site.rglob("*.html"):
+        named = re.findall(r'<i class="([^"]*\bfa-[^"]*)"', page.read_text(encoding="utf-8"))
+        assert {icon for each in named for icon in each.split() if icon.startswith("fa-")} - sizes <= drawn, page
