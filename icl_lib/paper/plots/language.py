@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from icl_lib.paper.figures import COLOURS, INK, UNDER, Figure, figure, heat_map
+from icl_lib.measures import scientific
+from icl_lib.paper.figures import COLOURS, INK, UNDER, WIDE, Figure, figure, heat_map, shade
 
 
 def written(
@@ -43,13 +44,18 @@ def written(
 
 
 def stream_sizes(sizes: Mapping[str, Sequence[float]]) -> Figure:
-    """Draw the norm of the residual stream after each block, one curve for each token of a run."""
-    with figure(width=5.6, height=3.4) as (fig, ax):
-        for (name, norms), style in zip(sizes.items(), ("-", "-", "-", "--"), strict=False):
-            ax.plot(range(1, len(norms) + 1), norms, style, label=name)
+    """Draw the norm of the residual stream after each block, one curve for each token of a run.
+
+    The first two are those of a token with the prompt and bare; the others have no role.
+    """
+    roles = (WIDE, {"color": COLOURS["grey"], "linestyle": "--"})
+    with figure(width=4.1, height=3.6) as (fig, ax):
+        for number, (name, norms) in enumerate(sizes.items()):
+            style = roles[number] if number < 2 else {"color": shade(number - 2, len(sizes) - 2)}
+            ax.plot(range(1, len(norms) + 1), norms, label=name, **style)
         ax.set(yscale="log", xlabel="block", ylabel="norm of the stream")
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize="small", ncols=1)
-    largest = "; ".join(f"{name}: at most {max(norms):.3g}" for name, norms in sizes.items())
+    largest = "; ".join(f"{name}: at most {scientific(max(norms), 2)}" for name, norms in sizes.items())
     return Figure(fig, f"Norm of the residual stream after each of {len(norms)} blocks. {largest}.")
 
 
