@@ -84,6 +84,26 @@ def test_absorb_writes_an_adapter(folder, tmp_path):
     assert (bare - wanted).norm() > 1e-2 * wanted.norm()
 
 
+def test_tokens_that_stay(folder, tmp_path):
+    import peft
+
+    report = json.loads(run("verify", "--model", folder, *IDS, "--keep", "2", "--json").stdout)
+    assert (report["holds"], report["keep"]) == (True, 2)
+    found = run("absorb", "--model", folder, *IDS, "--keep", "2", "--output", tmp_path / "adapter")
+    assert "with the first 2 tokens of the prompt, then the query at the positions 5 to 6" in found.stdout
+    model = small_language_model("Llama", torch.float32)
+    wanted = model(torch.tensor([[3, 1, 4, 15, 9, 2, 6]])).logits[:, 5:]
+    call = icl_lib.absorb(model, torch.tensor([[3, 1, 4, 15, 9, 2, 6]]), 5, keep=2).bare(
+        torch.tensor([[3, 1, 4, 15, 9, 2, 6]])
+    )
+    bare = model(**call).logits[:, 2:]
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    torch.testing.assert_close(adapted(**call).logits[:, 2:], wanted, rtol=1e-4, atol=1e-4)
+    assert (bare - wanted).norm() > 1e-2 * wanted.norm()
+    wrong = run("verify", "--model", folder, *IDS, "--keep", "5")
+    assert (wrong.exit_code, "keep is 5" in wrong.stderr) == (2, True)
+
+
 def test_absorb_in_json_and_where_it_fails(folder, tmp_path):
     found = run("absorb", "--model", folder, *IDS, "--output", tmp_path / "adapter", "--json")
     assert json.loads(found.stdout)["holds"] is True

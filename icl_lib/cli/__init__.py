@@ -41,6 +41,7 @@ Prompt = Annotated[str | None, typer.Option(help="the text that the edits replac
 Query = Annotated[str | None, typer.Option(help="the text that remains")]
 PromptIds = Annotated[str | None, typer.Option(help="token ids instead of --prompt, for example '5 3 8'")]
 QueryIds = Annotated[str | None, typer.Option(help="token ids instead of --query")]
+Keep = Annotated[int, typer.Option(help="first tokens of the prompt that stay in front of the query")]
 Joint = Annotated[bool, typer.Option("--joint", help="one edit of each map for all positions of the query")]
 Tolerance = Annotated[float | None, typer.Option(help="the largest relative error for which the identity holds")]
 
@@ -71,6 +72,7 @@ def verify(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     outer: Outer = None,
+    keep: Keep = 0,
     joint: Joint = False,
     tolerance: Tolerance = None,
     progress: Progress = False,
@@ -80,7 +82,7 @@ def verify(
     with usage_errors():
         loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
         report = verify_prompt(
-            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=joint, progress=progress
+            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=joint, progress=progress, keep=keep
         )
     typer.echo(report.to_json(indent=2) if json else str(report))
     raise typer.Exit(_status(report))
@@ -97,6 +99,7 @@ def absorb(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     outer: Outer = None,
+    keep: Keep = 0,
     tolerance: Tolerance = None,
     overwrite: Overwrite = False,
     progress: Progress = False,
@@ -111,14 +114,15 @@ def absorb(
         require_free("--output", output, overwrite, "--overwrite")
         loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
         found = verify_prompt(
-            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=True, progress=progress
+            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=True, progress=progress, keep=keep
         )
         if found.holds:
-            patch = absorb_prompt(loaded, ids, context_length, outer=outer, progress=progress)
+            patch = absorb_prompt(loaded, ids, context_length, outer=outer, progress=progress, keep=keep)
             patch.to_lora(output, loaded, overwrite=overwrite)
     typer.echo(found.to_json(indent=2) if json else str(found))
     last = ids.shape[1] - 1
-    told = f"written to {output}; call the model with the query at the positions {context_length} to {last}"
+    kept = "" if not keep else f"the first {keep} token{'s' * (keep > 1)} of the prompt, then "
+    told = f"written to {output}; call the model with {kept}the query at the positions {context_length} to {last}"
     typer.echo(told if found.holds else "nothing was written", err=json)
     raise typer.Exit(_status(found))
 
@@ -134,6 +138,7 @@ def report(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     outer: Outer = None,
+    keep: Keep = 0,
     joint: Joint = False,
     tolerance: Tolerance = None,
     overwrite: Overwrite = False,
@@ -144,7 +149,7 @@ def report(
         require_free_file(output, overwrite)
         loaded, ids, context_length = load(model, device, dtype, prompt, query, prompt_ids, query_ids)
         found = verify_prompt(
-            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=joint, progress=progress
+            loaded, ids, context_length, tolerance=tolerance, outer=outer, joint=joint, progress=progress, keep=keep
         )
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(
