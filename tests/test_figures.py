@@ -24,6 +24,7 @@ from icl_lib.paper.figures import (
     PLANE_EXAMPLE,
     Figure,
     _draw,
+    _plain,
     figure,
     heat_map,
     plane_array,
@@ -240,3 +241,11 @@ def test_a_heat_map_has_a_pixel_for_each_entry_and_a_palette():
     np.testing.assert_allclose(read, matrix, atol=4 / len(heat["colours"]))
     assert read[3, 4] == pytest.approx(0, abs=1e-12), "zero has a colour of its own"
     assert np.abs(read - matrix[::-1]).max() > 1, "the control: upside down"
+
+
+@pytest.mark.parametrize(
+    ("label", "plain"),
+    [(r"rate, $1/\lambda$", "rate, 1/λ"), (r"$\mu_{ij}\, W - 1$", "μ_ij W − 1"), ("5 $ and {6}", "5 $ and {6}")],
+)
+def test_labels_in_plain_text(label, plain):
+    assert _plain(label) == plain

@@ -272,11 +272,15 @@ def _plain(text: str) -> str:
 
     def letter(command: re.Match[str]) -> str:
         try:
-            return unicodedata.lookup(f"GREEK SMALL LETTER {command[1]}")
+            return unicodedata.lookup(f"GREEK SMALL LETTER {command[1].replace('lambda', 'lamda')}")  # Unicode's name
         except KeyError:
             return command[1]
 
-    return re.sub(r"[${}]|\\,", "", re.sub(r"\\([a-z]+)", letter, text)) if "$" in text else text
+    def formula(found: re.Match[str]) -> str:
+        text = re.sub(r"\\([a-z]+)", letter, re.sub(r"[{}]|\\,", "", found[1]))
+        return text.replace("-", "\N{MINUS SIGN}")
+
+    return re.sub(r"\$([^$]*)\$", formula, text)
 
 
 def _indexed(png: re.Match[str]) -> str:

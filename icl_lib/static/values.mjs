@@ -21,10 +21,10 @@ const number = (x) => {
 const pairs = (path) =>
   [...path.getAttribute("d").matchAll(/[ML] (\S+) (\S+)/g)].map(([, x, y]) => [Number(x), Number(y)]);
 
-/** From a place between two ends to the value there, as exactly as a drawing shows it. */
-const scaled = ({ limits: [low, high], scale }, part) => {
+/** From a place between two ends to the value there, as exactly as a drawing with so many different places shows it. */
+const scaled = ({ limits: [low, high], scale }, part, places = 1000) => {
   if (scale === "log") return low * (high / low) ** part;
-  const step = 10 ** (Math.floor(Math.log10(high - low)) - 3);
+  const step = 10 ** Math.floor(Math.log10((high - low) / places));
   return Math.round((low + (high - low) * part) / step) * step;
 };
 
@@ -67,7 +67,8 @@ class Axes {
       const level = await this.#level(column, row);
       const name = ({ label, names }, i, plain) => [label || (names ? "" : plain), names?.[i] ?? i + 1].join(" ").trim();
       const where = `${name(this.y, row, "row")}, ${name(this.x, column, "column")}`;
-      const value = scaled(this.heat, (level + 0.5) / this.heat.colours.length);
+      const levels = this.heat.colours.length;
+      const value = scaled(this.heat, (level + 0.5) / levels, levels);
       return { where, said: number(value), marks: [mark] };
     }
     const said = [];
