@@ -14,14 +14,24 @@ BUILD := $(BIN)/jupyter-book build . -W -n --keep-going
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help book check test figures stored gpt bench lint format picture clean
+.PHONY: help book serve notebooks pdf check test figures stored gpt bench lint format picture clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 book: $(INSTALLED) ## execute every chapter and build the website
 	$(BUILD)
 	@echo "The book is built. Open: file://$(CURDIR)/_build/html/index.html"
+
+serve: $(INSTALLED) ## build the website, serve it on this machine, and build again after each save; options: make serve ARGS=--help
+	$(BIN)/python book/_ext/serve.py $(ARGS)
+
+notebooks: book ## write all chapters as notebooks with their outputs, into _build/notebooks
+	$(BIN)/python book/_ext/notebooks.py --executed _build/notebooks
+
+pdf: book ## print the whole book as one PDF, _build/book.pdf
+	$(BIN)/python tests/chromium.py
+	$(BIN)/python book/_ext/pdf.py
 
 check: lint ## check style, and run the tests that take less than seconds and need neither the book nor a browser
 	$(PYTEST) -m "not slow"
@@ -58,7 +68,8 @@ format: $(INSTALLED) ## put the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-picture: $(INSTALLED) ## draw the README's picture
+picture: book ## draw the README's pictures
+	$(BIN)/python book/_ext/hero.py
 	$(BIN)/python -c "from icl_lib.paper.figures import *; rank_one_picture(**PLANE_EXAMPLE).save('book/_static/rank-one.svg')"
 
 clean: ## remove the built book, keep the environment

@@ -1,5 +1,7 @@
 """Each example of the README and of the library's pages runs by itself, and each command of the README runs."""
 
+import json
+import math
 import os
 import re
 import shlex
@@ -8,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from icl_lib.measures import at_most
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -73,6 +77,7 @@ def test_the_page_can_be_read_where_the_repository_is_not():
     """On a package index a relative link leads nowhere; the picture shows its text there."""
     pictures = re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", README)
     assert all(len(text) > 40 for text, _ in pictures)
+    assert all((ROOT / path).stat().st_size < 200_000 for _, path in pictures)
     links = re.findall(r"(?<!!)\[[^\]]*\]\(([^)]+)\)", README)
     assert links
     assert all(link.startswith("https://") for link in links)
@@ -82,3 +87,38 @@ def test_every_extra_is_explained():
     project = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     for extra in set(re.findall(r"^(\w+) = ", project, re.MULTILINE)) - {"dev"}:
         assert f"`'.[{extra}]'`" in README, extra
+
+
+def stored(name):
+    return json.loads((ROOT / "book" / "data" / f"{name}.json").read_text())
+
+
+def test_the_numbers_of_the_table_are_those_that_are_stored():
+    """Each row from the data: bounds are rounded up, and what they must be told from down."""
+    known = {name: one["value"] for name, one in stored("known-model")["results"].items()}
+    rows = []
+    for name in ("in_64_bits", "identity", "in_16_bits"):
+        error, bare = (
+            choose(one[key] for one in known[name].values()) for choose, key in ((max, "error"), (min, "bare"))
+        )
+        rows.append(("–", f"≤ {at_most(error)}", f"≥ {math.floor(100 * bare) / 100}"))
+    adapter = known["adapter"]
+    rows.append(("–", f"≤ {at_most(adapter['error'])}", f"≥ {math.floor(100 * adapter['bare']) / 100}"))
+    assert f"adapter of {adapter['kilobytes'] / 1000:.1f} MB" in README
+    verbs = stored("past-tense")["results"]["past_tense"]["value"]
+    assert f"the past tense of {len(verbs['questions'])} others" in README
+    rows.append(tuple(f"{verbs['right'][name]:.0%}" for name in ("prompted", "edited", "bare")))
+    compiling = stored("compiling")
+    asked = {**compiling["defaults"], "task": None, "seed": None}  # the runs stand for all tasks and seeds
+    few = {}
+    for run in compiling["runs"]:
+        same = all(asked[name] == value for name, value in run["settings"].items() if name != "method")
+        if run["kind"] == "few-shot" and same:
+            few[run["settings"]["method"]] = run["accuracy"][0]
+            prompted = run["prompted"][0]
+    rows.append(tuple(f"{value:.0%}" for value in (prompted, few["compiled"], few["bare"])))
+    (shape,) = stored("cost_language")["shapes"]
+    rows.append(("–", f"{shape['ratios']['last token / forward'][1]:.1f}", "–"))
+    shown = re.findall(r"^\| [^|`]+ \| ([^|`]+) \| ([^|`]+) \| ([^|`]+) \|$", README, re.MULTILINE)
+    spaces = str.maketrans({"\N{NO-BREAK SPACE}": " "})
+    assert shown[1:] == [tuple(text.translate(spaces) for text in row) for row in rows]

@@ -135,8 +135,8 @@ COME_WITH = {
     "pybtex": "sphinxcontrib-bibtex",
     "nbclient": "myst-nb",
     "nbformat": "myst-nb",
-    "pyyaml": "myst-nb",
     "jupyter-cache": "myst-nb",
+    "pyyaml": "myst-nb",
 }
 
 

@@ -73,6 +73,14 @@ def cache_key(folders: Iterable[Path], versions: Iterable[str] = ()) -> str:
     return digest.hexdigest()[:16]
 
 
+def cache_folder(build: Path) -> Path:
+    """The cache for this state of the library, the data and the packages, below the folder of the build."""
+    requirements = ROOT / "requirements.txt"
+    listed = requirements.read_text(encoding="utf-8") if requirements.exists() else ""
+    versions = [f"python=={platform.python_version()}", *installed_versions(listed)]
+    return build / ".jupyter_cache" / cache_key([ROOT / "icl_lib", ROOT / "book" / "data"], versions)
+
+
 def what_counts(file: Path) -> bytes:
     """The contents of a file; of a Python file its syntax, without comments and layout."""
     content = file.read_bytes()
@@ -134,11 +142,7 @@ def prepare(app: Any, config: Any) -> None:
     # A large array that is freed goes back to the system at once. Otherwise what a chapter takes depends on the order.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
     if config.nb_execution_mode == "cache":
-        requirements = ROOT / "requirements.txt"
-        listed = requirements.read_text(encoding="utf-8") if requirements.exists() else ""
-        versions = [f"python=={platform.python_version()}", *installed_versions(listed)]
-        key = cache_key([ROOT / "icl_lib", ROOT / "book" / "data"], versions)
-        config.nb_execution_cache_path = str(Path(app.outdir).parent / ".jupyter_cache" / key)
+        config.nb_execution_cache_path = str(cache_folder(Path(app.outdir).parent))
         app.connect("env-before-read-docs", run_ahead)
     folder = Path(config.nb_execution_cache_path or Path(app.outdir).parent)
     watch_kernels(

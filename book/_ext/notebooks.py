@@ -7,14 +7,19 @@ in place of the number. In these notebooks they are plain Markdown: numbers, cit
   the build.
 - ``python book/_ext/notebooks.py`` runs every chapter, writes its notebook beside it, and prints the time and the
   memory that it took. Binder does this once for each state of the repository (``.binder/postBuild``).
+- ``python book/_ext/notebooks.py --executed FOLDER`` writes them with their outputs. It takes these from the last build
+  of the site, and runs what that does not have.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import contextlib
 import itertools
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +31,7 @@ import nbformat
 import yaml
 from bibliography import names
 from execution import ROOT
+from jupyter_cache import get_cache
 from myst_nb.core.read import read_myst_markdown_notebook
 from pybtex.database import parse_file
 
@@ -303,18 +309,63 @@ def launch(app: Any, pagename: str, templatename: str, context: dict[str, Any], 
     to_notebook(context.get("header_buttons", []), pagename)
 
 
-def main() -> None:
-    """Run every chapter and write its notebook beside it; print the seconds and the memory of each."""
+def run(text: str) -> Any:
+    """The notebook of a page, run from its beginning."""
     from nbclient import NotebookClient
 
+    read = read_myst_markdown_notebook(text)
+    if any(cell.cell_type == "code" for cell in read.cells):
+        NotebookClient(read, timeout=600, resources={"metadata": {"path": str(BOOK)}}).execute()
+    return read
+
+
+def with_outputs(page: nbformat.NotebookNode, ran: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook of a page with the outputs of its run: widgets as on the site, glued values in the text only."""
+    pairs = zip(_code(page), _code(ran), strict=True)
+    for cell, source in pairs:
+        cell.execution_count = source.execution_count
+        cell.outputs = [output for output in source.outputs if "scrapbook" not in output.get("metadata", {})]
+        for output in cell.outputs:
+            if "text/html" in output.get("data", {}):
+                output.data.pop("application/vnd.jupyter.widget-view+json", None)
+    return page
+
+
+def _code(page: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in page.cells if cell.cell_type == "code"]
+
+
+def write_executed(folder: Path) -> None:
+    """Write every chapter with its outputs, and the data that the chapters read beside them."""
+    execution.use_this_checkout()
+    book = Book(BOOK, pages((ROOT / "_toc.yml").read_text(encoding="utf-8")))
+    cache = get_cache(execution.cache_folder(ROOT / "_build"))
+    for page in book.notebooks:
+        ran = None
+        with contextlib.suppress(KeyError):  # the cache does not have it
+            _, ran = cache.merge_match_into_notebook(read_myst_markdown_notebook(book.texts[page]))
+        ran = ran or run(book.texts[page])
+        path = folder / f"{page}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(with_outputs(book.notebook(page, glued(ran.cells)), ran), path)
+    shutil.copytree(BOOK / "data", folder / "data", dirs_exist_ok=True)
+    print(f"{len(book.notebooks)} notebooks are written: {folder}")
+
+
+def main() -> None:
+    """Run every chapter and write its notebook beside it; print the seconds and the memory of each."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--executed", type=Path, metavar="FOLDER", help="write them with outputs into this folder")
+    if folder := parser.parse_args().executed:
+        write_executed(folder)
+        return
     took: dict[str, dict[str, float]] = {}
     execution.use_this_checkout()
     execution.watch_kernels(lambda: page, took.__setitem__)
     book = Book(BOOK, pages((ROOT / "_toc.yml").read_text(encoding="utf-8")), installed=True)
     for page in book.notebooks:
-        read = read_myst_markdown_notebook(book.texts[page])
-        if any(cell.cell_type == "code" for cell in read.cells):
-            NotebookClient(read, timeout=600, resources={"metadata": {"path": str(BOOK)}}).execute()
+        read = run(book.texts[page])
+        if page in took:
             print(f"{page}: {took[page]['seconds']:.0f} s, {took[page]['peak_mib']} MiB", flush=True)
         nbformat.write(book.notebook(page, glued(read.cells)), BOOK / f"{page}.ipynb")
 

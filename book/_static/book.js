@@ -1,15 +1,22 @@
 // What every page of the book does beside its theme.
 
-// Paper is white: a page is printed in the light theme, and gets the reader's own theme back afterwards.
+// Paper is white, and nothing can be opened on it: a page is printed in the light theme with its folds open, except those of
+// code, which are left out. Afterwards the reader's own theme and folds are back.
 const root = document.documentElement;
 let onScreen = null;
+let opened = [];
 const paper = () => {
   onScreen ??= root.dataset.theme;
   root.dataset.theme = "light";
+  const folds = [...document.querySelectorAll(".bd-article details:not([open]):not(.above-input)")];
+  for (const fold of folds) fold.open = true;
+  opened = opened.concat(folds);
 };
 const screen = () => {
   if (onScreen) root.dataset.theme = onScreen;
   onScreen = null;
+  for (const fold of opened) fold.open = false;
+  opened = [];
 };
 window.addEventListener("beforeprint", paper);
 window.addEventListener("afterprint", screen);
