@@ -2,6 +2,8 @@
 
 - A fold's name for screen readers is its visible text; MyST-NB names them all "Toggle hidden content".
 - A proof is set apart from what it proves; sphinx-proof gives all of them one id and no name.
+- The keys that open the search are no part of its button's name. The site's title is in a landmark. Roles that no
+  browser knows are left out.
 - A page has one viewport; Sphinx, docutils and the theme each declare one.
 """
 
@@ -12,6 +14,12 @@ from typing import Any
 
 _VIEWPORT = re.compile(r'\s*<meta\b(?=[^>]*\bname="viewport")[^>]*>')
 _PROOF = re.compile(r'<div class="proof admonition" id="proof">\n<p>Proof\. ')
+_ROLES = (
+    ('<span class="search-button__kbd-shortcut"', '<span aria-hidden="true" class="search-button__kbd-shortcut"'),
+    ('<div id="pst-primary-sidebar"', '<div role="region" aria-label="Book" id="pst-primary-sidebar"'),
+    ('<div role="list" class="citation-list">', '<div class="citation-list">'),
+    (' role="doc-biblioentry"', ""),
+)
 _FOLD = re.compile(r'<summary aria-label="Toggle hidden content">')
 
 
@@ -25,6 +33,8 @@ def corrected(page: str) -> str:
     """
     if first := _VIEWPORT.search(page):
         page = page[: first.end()] + _VIEWPORT.sub("", page[first.end() :])
+    for theirs, ours in _ROLES:
+        page = page.replace(theirs, ours)
     page = _PROOF.sub('<div class="proof demonstration admonition">\n<p><em>Proof.</em> ', page)
     return _FOLD.sub("<summary>", page)
 

@@ -74,3 +74,12 @@ const search = () => {
 const whenSearched = (event) => event.target.closest?.("form.bd-search") && search();
 document.addEventListener("focusin", whenSearched);
 if (document.querySelector("#search-results")) search();
+
+// A formula that is too wide scrolls. Then, and only then, the Tab key stops at it, so that the arrow keys can scroll it.
+const widths = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
+    else target.removeAttribute("tabindex");
+  }
+});
+for (const formula of document.querySelectorAll(".bd-article mjx-container[display=true]")) widths.observe(formula);
