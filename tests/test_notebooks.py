@@ -100,3 +100,20 @@ def test_every_chapter_fits_into_the_memory_of_binder(site):
     rows = [(page, *took[f"book/{page}"].values()) for page in PAGES if "{code-cell}" in BOOK.texts[page]]
     print("\n" + tabulate(rows, headers=["chapter", "seconds", "peak memory, MiB"]))
     assert all(0 < peak < LARGER.get(name, MEMORY) for name, _, peak in rows)
+
+
+def test_a_notebook_with_outputs_has_those_of_its_run_but_no_glued_values():
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("Text."), nbformat.v4.new_code_cell("1")])
+    shown = {"text/html": "<svg/>", "application/vnd.jupyter.widget-view+json": {"model_id": "a"}}
+    outputs = [
+        nbformat.v4.new_output("stream", text="fine\n"),
+        nbformat.v4.new_output("display_data", data={"text/plain": "1"}, metadata={"scrapbook": {"name": "one"}}),
+        nbformat.v4.new_output("display_data", data=shown),
+    ]
+    ran = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=outputs, execution_count=3)])
+    [_, cell] = notebooks.with_outputs(page, ran).cells
+    assert cell.execution_count == 3
+    assert [output.output_type for output in cell.outputs] == ["stream", "display_data"]
+    assert cell.outputs[1].data == {"text/html": "<svg/>"}
+    with pytest.raises(ValueError, match="shorter"):
+        notebooks.with_outputs(page, nbformat.v4.new_notebook())

@@ -95,8 +95,12 @@ def below_title(before: list[tuple[str, str]], reading: str, address: str) -> st
         links = [f'<a href="{html.escape(target)}">{html.escape(title)}</a>' for target, title in before]
         said.append("read " + " and ".join(links) + " first")
     said.append(html.escape(edition()))
-    printed = html.escape(" · ".join([", ".join(authors()), *filter(None, [address])]))
-    return f'<p class="byline">{" · ".join(said)}<span class="printed"> · {printed}</span></p>'
+    return f'<p class="byline">{" · ".join(said)}<span class="printed"> · {signed(address)}</span></p>'
+
+
+def signed(address: str) -> str:
+    """The authors, and the address of a page."""
+    return html.escape(" · ".join([", ".join(authors()), *filter(None, [address])]))
 
 
 def at_end(page: str, title: str, address: str, whole: bool) -> str:
@@ -127,7 +131,10 @@ def add(app: Any, pagename: str, templatename: str, context: dict[str, Any], doc
             if f"book/{name}" in app.env.titles
         ]
         reading = duration(page) if "kernelspec" in meta else ""
-        body = body.replace("</h1>", "</h1>\n" + below_title(before, reading, address), 1)
+        line = below_title(before, reading, address)
+    else:
+        line = f'<p class="byline printed">{signed(address)} · {html.escape(edition())}</p>'
+    body = body.replace("</h1>", f"</h1>\n{line}", 1)
     context["body"] = body + at_end(page, title, address, whole)
 
 

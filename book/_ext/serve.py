@@ -14,6 +14,7 @@ import http.server
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -58,7 +59,7 @@ def build_book() -> None:
 def build() -> bool:
     """Build in a copy of this process: Sphinx keeps state that a second build in one process would meet."""
     begun = time.monotonic()
-    child = multiprocessing.get_context("fork").Process(target=build_book)
+    child = multiprocessing.get_context("fork").Process(target=build_book, daemon=True)
     child.start()
     child.join()
     outcome = "built" if child.exitcode == 0 else "not built; the last version stays"
@@ -99,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # a build that runs ends too
     os.chdir(ROOT)
     for name in IMPORTED:
         importlib.import_module(name)
