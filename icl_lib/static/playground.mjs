@@ -78,7 +78,8 @@ function render({ model, el }) {
       set({ W: model.get("W").map((row, i) => row.map((x, j) => (j === k ? to[i] : x))) });
     };
     const place = handle(output, "icl-column", `column ${k + 1} of W; ${hint}`, move, current);
-    place.node.addEventListener("blur", () => draw());
+    // The scale follows W when the reader leaves its columns.
+    place.node.addEventListener("blur", ({ relatedTarget }) => relatedTarget?.matches(".icl-column") || draw());
     return () => place(current());
   });
 
