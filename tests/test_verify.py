@@ -77,7 +77,7 @@ def test_the_report_as_text_html_and_json():
     assert len([line for line in text.splitlines() if line.lstrip()[:1] in "123"]) >= 3
     html = report._repr_html_()
     assert html.startswith('<div class="icl-report"')
-    assert 'tabindex="0" role="region" aria-label="Verification report"' in html  # the keyboard must reach it
+    assert 'tabindex="0" role="group" aria-label="Verification report"' in html  # the keyboard must reach it
     assert html.count("<tr>") == 4
     assert f"The identity holds to {scientific(1e-12)}" in html
     assert not re.search(r"\de[-+]\d", re.sub(r"<table>.*</table>", "", html, flags=re.DOTALL))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from docutils import nodes
+from meanings import plain
 
 PAGE = "book/notation"
 ACCENTS = {"\\hat", "\\bar", "\\tilde", "\\boldsymbol", "\\mathcal", "\\mathrm", "\\Delta", "\\operatorname", "_", "^"}
@@ -81,7 +82,11 @@ def link(app: Any, doctree: nodes.document, docname: str) -> None:
                 for math in list(row[0].findall(nodes.math)):
                     target = first(symbol(math.astext()), [(name, known[name]) for name in chapters])
                     if target:
-                        math.replace_self(nodes.reference("", "", math.deepcopy(), internal=True, refuri=target))
+                        title = f"{plain(math.astext())}, where it is first used"
+                        reference = nodes.reference(
+                            "", "", math.deepcopy(), internal=True, refuri=target, reftitle=title
+                        )
+                        math.replace_self(reference)
 
 
 def first(wanted: Sequence[str], chapters: list[tuple[str, list[tuple[list[str], str]]]]) -> str | None:

@@ -144,7 +144,7 @@ class Report:
         # Where the table is wider than the page it scrolls: tabindex makes it reachable with the keyboard.
         return (
             '<div class="icl-report" style="overflow-x:auto" '
-            'tabindex="0" role="region" aria-label="Verification report">'
+            'tabindex="0" role="group" aria-label="Verification report">'
             f"<p>{head}</p>{self._table('html', written)}<p>{html.escape(verdict, quote=False)}</p></div>"
         )
 
