@@ -18,7 +18,7 @@ def losses(measured: Mapping[str, Sequence[float]]) -> Figure:
     """
     experiment, theory, unedited, bare = (measured[name] for name in ("experiment", "theory", "unedited", "bare"))
     step = range(len(experiment))
-    with figure(width=4.1, height=3.9) as (fig, ax):
+    with figure(width=4.0, height=3.9) as (fig, ax):
         ax.plot(step, bare, color=COLOURS["grey"], linestyle="--", label="network, no edit")
         ax.plot(step, unedited, color=COLOURS["grey"], linestyle=":", label="last block, no edit")
         ax.plot(step, experiment, **WIDE, label="experiment: prompt")
@@ -44,10 +44,10 @@ def differences(
     """
     values, without = np.array(difference), np.array(control)
     blocks = values.shape[1]
-    with figure(width=4.1, height=3.7) as (fig, ax):
+    with figure(width=4.0, height=3.7) as (fig, ax):
         ax.plot(step, without, color=COLOURS["grey"], linestyle="--", label=["no edit", *[None] * (blocks - 1)])
         for block in range(blocks):
-            ax.plot(step, values[:, block], color=shade(block, blocks), label=f"block {block + 1}")
+            ax.plot(step, values[:, block], **_styled(block, blocks))
         ax.set(xlabel="training step", ylabel="mean squared difference", yscale="log")
         ax.legend(ncols=3, **UNDER)
     low, high, least, most = (scientific(end.item()) for each in (values, without) for end in (each.min(), each.max()))
@@ -60,13 +60,19 @@ def differences(
 
 def norms(step: Sequence[int], frobenius: Sequence[Sequence[float]]) -> Figure:
     """Draw the norm of the last position's update over training; ``frobenius`` is ``[steps][blocks]``."""
-    with figure(width=4.1, height=3.2) as (fig, ax):
+    with figure(width=4.0, height=3.2) as (fig, ax):
         for block, values in enumerate(np.transpose(frobenius)):
-            ax.plot(step, values, color=shade(block, len(frobenius[0])), label=f"block {block + 1}")
+            ax.plot(step, values, **_styled(block, len(frobenius[0])))
         ax.set(xlabel="training step", ylabel="‖ΔW‖ at the query", ylim=(0, None))
         ax.legend(ncols=3, **UNDER)
     ends = ", ".join(f"{value:.2g}" for value in frobenius[-1])
     return Figure(fig, f"Norm of the query's update over training, by block. At the end: {ends}.")
+
+
+def _styled(block: int, blocks: int) -> dict[str, Any]:
+    """The style of a block's curve over training: a colour and a marker, since neighbours have like colours."""
+    marks = {"marker": "osD^v"[block % 5], "markersize": 5, "markevery": (4 * block, 20)}
+    return {"color": shade(block, blocks), "label": f"block {block + 1}", **marks}
 
 
 def alignments(table: Any, title: str, of: str) -> Figure:
@@ -91,7 +97,7 @@ def alignments(table: Any, title: str, of: str) -> Figure:
 
 def renumberings(values: Sequence[float], measured: float) -> Figure:
     """Draw the alignment of two blocks under many orders of the hidden units, and in the model as trained."""
-    with figure(width=4.1, height=2.9) as (fig, ax):
+    with figure(width=4.0, height=2.9) as (fig, ax):
         ax.hist(values, bins=30, color=COLOURS["grey"], alpha=0.7)
         ax.axvline(measured, color=COLOURS["purple"], linewidth=3)
         ax.annotate("as trained", (measured, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
@@ -107,7 +113,7 @@ def renumberings(values: Sequence[float], measured: float) -> Figure:
 
 def errors_by_block(errors: Mapping[str, Sequence[float]], control: Sequence[float], title: str) -> Figure:
     """Draw the largest error of each block in several precisions, with the control without edits."""
-    with figure(width=4.1, height=3.5) as (fig, ax):
+    with figure(width=4.0, height=3.5) as (fig, ax):
         blocks = range(1, len(control) + 1)
         ax.plot(blocks, control, "--o", color=COLOURS["grey"], markersize=4, label="no edit")
         for number, (name, values) in enumerate(errors.items()):
