@@ -99,7 +99,7 @@ def test_a_chapter_in_jupyterlab(browser: Browser, tmp_path: Path):
         page.goto(f"{address}/lab/tree/chapter.ipynb?token={TOKEN}")
         page.locator(".jp-Notebook .jp-Cell").first.wait_for()
         prose = page.locator(".jp-Notebook")
-        expect(prose).to_contain_text("it answers 12345, with a probability of 12345")
+        expect(prose).to_contain_text("it answers 12345, with a probability of 12345", timeout=START * 1000)
         expect(prose.get_by_role("link", name="Brown et al., 2020")).to_have_attribute("href", re.compile("arxiv.org"))
         expect(prose.get_by_role("link", name="Cost", exact=True).first).to_be_visible()
         assert not re.search(r"\{[a-z:]+\}|:::", prose.inner_text())
