@@ -20,6 +20,7 @@ from icl_lib.paper.compiling import (
     comparison,
     corrected,
     distilled,
+    linear_share,
     run_comparison,
     summarise,
     without_prompt,
@@ -62,6 +63,33 @@ def test_a_correction_is_exact_where_it_can_be(ridge, lengths):
     assert same(before, state(model))
     assert torch.equal(without_prompt(model, prompt, queries, 2), bare)
     assert relative(bare, wanted) > 1e-2
+
+
+def test_the_linear_share_is_that_of_each_text_read_alone():
+    model, (prompt, queries) = toy(), drawn(3, 2, 4, 3, 2)
+    found = linear_share(model, prompt, queries[:3], queries[3:], 2)
+    norm, reads = model.model.layers[1].post_attention_layernorm, []
+    hook = norm.register_forward_hook(lambda _, args, out: reads.append(out[0]))
+    positions = [[*range(2), *range(12, 12 + len(query))] for query in queries]
+    for query, places in zip(queries, positions, strict=True):
+        model(
+            torch.cat([prompt[:2], query])[None],
+            position_ids=torch.tensor([places]),
+            attention_mask=torch.ones(1, len(places)),
+        )
+        model(torch.cat([prompt, query])[None])
+    hook.remove()
+    z_0, z_C = (
+        torch.cat([one[-len(q) :] for one, q in zip(reads[at::2], queries, strict=True)]).numpy() for at in (0, 1)
+    )
+    squares = np.sort((z_0[:9] ** 2).sum(1))
+    gram = z_0[:9].T @ z_0[:9] + squares[(9 - 1) // 2] * np.eye(z_0.shape[1])
+    M = np.linalg.solve(gram, z_0[:9].T @ (z_C - z_0)[:9])
+    for name, at in (("fitted", slice(9)), ("held out", slice(9, None))):
+        change = (z_C - z_0)[at]
+        assert found[name][1] == pytest.approx(1 - ((change - z_0[at] @ M) ** 2).sum() / (change**2).sum(), abs=1e-4)
+    assert found["fitted"][1] > found["shuffled"][1]
+    assert plots.linear_shares(found).alt.startswith("Share of the prompt's change")
 
 
 def test_distillation_comes_nearer_and_leaves_the_model():
@@ -115,6 +143,10 @@ def test_runs_are_stored_and_summarised(tiny, tmp_path):
             assert low <= mean <= high
     assert bare["kl"][0] > 0
     assert np.isfinite(compiled["kl"][0])
+    more = write_comparison(tmp_path, tmp_path / "summary.json", [replace(one, queries=4, guard=True)], progress=False)
+    assert more["runs"][:-1] == result["runs"]  # what was stored stays
+    assert more["runs"][-1]["settings"]["guard"] is True
+    assert more["runs"][-1]["kl"] != compiled["kl"]
 
 
 def test_a_system_prompt_is_compiled_with_the_replies(tiny):
@@ -174,3 +206,6 @@ def test_the_stored_runs_have_the_settings_of_this_library():
     ours, bare, control = (chosen(stored["runs"], **one) for one in ({}, {"method": "bare"}, {"of": "another task"}))
     assert ours["by_task"].keys() == bare["by_task"].keys() == TASKS.keys()
     assert ours["kl"][2] < min(bare["kl"][1], control["kl"][1])  # the intervals are apart
+    free, guarded, nothing = (chosen(stored["first_seed"], **one) for one in ({}, {"guard": True}, {"method": "bare"}))
+    assert guarded["by_task"].keys() == TASKS.keys()
+    assert guarded["harm"] - nothing["harm"] < 0.5 * (free["harm"] - nothing["harm"])

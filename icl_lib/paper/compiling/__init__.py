@@ -10,4 +10,5 @@ from icl_lib.paper.compiling.comparison import (
     summarise,
     write_comparison,
 )
+from icl_lib.paper.compiling.linear_share import linear_share
 from icl_lib.paper.compiling.tasks import MESSAGES, SYSTEM_PROMPTS, TASKS, UNRELATED, FewShotSplit, FewShotTask

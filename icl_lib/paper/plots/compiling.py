@@ -42,6 +42,20 @@ def divergence_by(
     )
 
 
+def linear_shares(shares: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw what ``icl_lib.paper.compiling.linear_share`` returns over the blocks."""
+    styles = {"fitted": ("blue", "--"), "held out": ("blue", "-"), "shuffled": ("grey", ":")}
+    labels = {"fitted": "questions of the fit", "held out": "new questions", "shuffled": "changes of other tokens"}
+    with figure(width=5.4, height=3.4) as (fig, ax):
+        for name, (colour, line) in styles.items():
+            ax.plot(shares[name], color=COLOURS[colour], linestyle=line, label=labels[name])
+        ax.axhline(0, color=INK, linewidth=0.8)
+        ax.set(xlabel="block", ylabel="share of the change, $R^2$", ylim=(min(-0.1, *shares["shuffled"]), 1.02))
+        ax.legend(ncols=3, **UNDER)
+    means = ", ".join(f"{labels[name]} {np.mean(shares[name]):.2f}" for name in styles)
+    return Figure(fig, f"Share of the prompt's change that one matrix makes, over the blocks. Means: {means}.")
+
+
 def accuracy_by_task(runs: Mapping[str, Run]) -> Figure:
     """Draw the share of right answers of each task and method, with intervals; the prompted model as a bar.
 
