@@ -75,11 +75,13 @@ const whenSearched = (event) => event.target.closest?.("form.bd-search") && sear
 document.addEventListener("focusin", whenSearched);
 if (document.querySelector("#search-results")) search();
 
-// A formula that is too wide scrolls. Then, and only then, the Tab key stops at it, so that the arrow keys can scroll it.
+// A formula or a table that is too wide scrolls. Then, and only then, the Tab key stops at it, so that the arrow keys can
+// scroll it. The theme does this once for tables and code, but not for those in a fold that is opened later.
 const widths = new ResizeObserver((entries) => {
   for (const { target } of entries) {
     if (target.scrollWidth > target.clientWidth) target.tabIndex = 0;
     else target.removeAttribute("tabindex");
   }
 });
-for (const formula of document.querySelectorAll(".bd-article mjx-container[display=true]")) widths.observe(formula);
+const wide = ".bd-article :is(mjx-container[display=true], .pst-scrollable-table-container, pre)";
+for (const node of document.querySelectorAll(wide)) widths.observe(node);
