@@ -211,6 +211,7 @@ EXTRA = {
     "icl_lib.paper.experiments.__main__": "figures",
     "icl_lib.paper.figures": "figures",
     "icl_lib.paper.plots": "figures",
+    "icl_lib.paper.tables": "widgets",
     "icl_lib.widgets": "widgets",
 }
 # The extra of the packages that these modules import in the bodies of functions.

@@ -6,10 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from IPython.display import Markdown
 from tabulate import tabulate
 
+from icl_lib.environment import extra
 from icl_lib.measures import scientific
+
+with extra("widgets"):
+    from IPython.display import Markdown
 
 _NUMBER = re.compile(r"[≤<>≥≈]?\s?[−+-]?\d.*")
 _ROUNDING = re.compile(r"≤?\s?−?\d(?:\.\d+)?\s×\s10⁻(?:¹[¹²³⁴⁵⁶⁷⁸⁹]|[²³][⁰¹²³⁴⁵⁶⁷⁸⁹])")
