@@ -41,12 +41,14 @@ def fine_tune(block: ContextualBlock, prompts: Prompts, learning_rate: float | i
     _require_examples(block, prompts)
     if isinstance(learning_rate, bool) or not 0 <= learning_rate < float("inf"):
         raise ValueError(f"learning_rate is {learning_rate}: give zero or a positive number, such as 0.01.")
-    weight, questions, right = block.first_linear.weight, prompts.questions, prompts.context[..., -1]
-    steps = LowRank(*(weight.new_zeros(len(questions), size, 0) for size in weight.shape))
-    for question, answer in zip(questions.unbind(1), right.unbind(1), strict=True):
-        gradient = task_gradients(block, steps, question, functools.partial(squared_error, answer=answer))
-        steps = steps - learning_rate * gradient
-    return steps
+    weight, questions, answered = block.first_linear.weight, prompts.questions, prompts.context[..., -1]
+    # [step, count, size]: the room for all steps is taken once, and each step reads the part that is filled.
+    left, right = (weight.new_zeros(questions.shape[1], len(questions), size) for size in weight.shape)
+    for i, (question, answer) in enumerate(zip(questions.unbind(1), answered.unbind(1), strict=True)):
+        so_far = LowRank(left[:i].movedim(0, -1), right[:i].movedim(0, -1))
+        gradient = task_gradients(block, so_far, question, functools.partial(squared_error, answer=answer))
+        left[i], right[i] = -learning_rate * gradient.left.squeeze(-1), gradient.right.squeeze(-1)
+    return LowRank(left.movedim(0, -1), right.movedim(0, -1))
 
 
 def fine_tuned_losses(block: ContextualBlock, prompts: Prompts, steps: LowRank) -> Float[Tensor, "count steps"]:

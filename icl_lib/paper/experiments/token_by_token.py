@@ -219,16 +219,19 @@ def read_token_by_token(block: ContextualBlock, prompts: Prompts) -> TokenByToke
     )
 
 
+@torch.no_grad()
 def _pass_by_pass(block: ContextualBlock, prompts: Prompts) -> tuple[Tensor, Tensor]:
     """The lengths of the steps and the block's own outputs, from a separate pass for each number of tokens."""
-    read, outputs = [], []
-    with torch.no_grad():
+    read: list[Tensor] = []
+    outputs: list[Tensor] = []
+    hook = block.mlp.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    try:
         for tokens in reversed(range(prompts.context.shape[-2] + 1)):  # the longest first: the others reuse its memory
-            prefix = prompts.context[..., :tokens, :]
-            read.append(block.read(prefix, prompts.query))
-            outputs.append(block(prefix, prompts.query))
-        activations = torch.stack(read[::-1], dim=-2)
-        left = weight_update(block.first_linear.weight, activations[..., :1, :], activations).left
+            outputs.append(block(prompts.context[..., :tokens, :], prompts.query))
+    finally:
+        hook.remove()
+    activations = torch.stack(read[::-1], dim=-2)
+    left = weight_update(block.first_linear.weight, activations[..., :1, :], activations).left
     return left.diff(dim=-3).flatten(-2).norm(dim=-1), torch.stack(outputs[::-1], dim=-2)
 
 
