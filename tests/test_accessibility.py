@@ -11,10 +11,12 @@ from playwright.sync_api import Browser
 from test_pages import PHONE, THEMES, pages
 
 # Screen readers skip the drawn formulas and the insides of pictures, as axe does, but their thousands of elements take
-# most of its time: they are emptied, and keep their sizes.
+# most of its time: they are emptied, and keep their sizes. Screen readers read MathML. For axe it is no text, so its
+# letters stand for it.
 PREPARE = """() => {
   for (const fold of document.querySelectorAll("details")) fold.open = true;
   for (const button of document.querySelectorAll(".toggle-button.toggle-button-hidden")) button.click();
+  for (const said of document.querySelectorAll("mjx-assistive-mml")) said.textContent = said.textContent;
   for (const drawn of document.querySelectorAll("mjx-math, svg[role=img]")) {
     const { width, height } = drawn.getBoundingClientRect();
     Object.assign(drawn.style, { width: `${width}px`, height: `${height}px` });

@@ -28,11 +28,12 @@ const literal = (word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
 /** How much of a text is about what a pattern finds, from 0 to 1: many hits in a short text. */
 const about = (text, pattern) => {
   const hits = text.split(pattern).length - 1;
-  return hits && hits / (hits + 0.5 + text.length / 1500);
+  return hits / (hits + 2 + text.length / 4000);
 };
 
-/** How well a section answers: each word must be in it, and count most in the title and next to each other. */
-const score = ({ inTitle, inText, page, reference }, words) => {
+/** How well a section answers: each word must be in it, and count most in the title and next to each other. The pages of
+ * reference answer queries that look like code; for all others the chapters come first. */
+const score = ({ title, inTitle, inText, page, reference }, words, query) => {
   const starts = words.map((word) => new RegExp(`(?<![\\p{L}\\p{N}])${literal(word)}`, "u"));
   const phrase = new RegExp(`(?<![\\p{L}\\p{N}])${words.map(literal).join("(?: \\S+){0,2} ")}`, "u"); // "rank at most one"
   let sum = 0;
@@ -40,15 +41,16 @@ const score = ({ inTitle, inText, page, reference }, words) => {
     if (!start.test(inTitle) && !start.test(inText)) return 0;
     sum += (start.test(inTitle) ? 2 : 0) + about(inText, start);
   }
-  sum = sum / words.length + (phrase.test(inTitle) ? 3 : 0) + 3 * about(inText, phrase) + (phrase.test(plain(page)) ? 0.5 : 0);
-  return reference ? sum / 3 : sum;
+  sum = sum / words.length + (phrase.test(inTitle) ? (3 * words.join(" ").length) / inTitle.length : 0) + 3 * about(inText, phrase) + (phrase.test(plain(page)) ? 0.5 : 0);
+  if (title.split(".").pop() === query) sum += 3;
+  return reference && !/[_.()]/.test(query) ? sum / 20 : sum;
 };
 
 /** The best sections, the best first; of two that are as good, the one that is read first. */
 const search = (query) => {
   const words = plain(query).split(/\s+/).filter(Boolean);
   if (!words.length) return [];
-  const found = sections.map((section) => ({ section, rank: score(section, words) })).filter(({ rank }) => rank > 0);
+  const found = sections.map((section) => ({ section, rank: score(section, words, query.trim()) })).filter(({ rank }) => rank > 0);
   return found.sort((a, b) => b.rank - a.rank).slice(0, MOST).map(({ section }) => section);
 };
 
