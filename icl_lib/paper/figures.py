@@ -357,13 +357,13 @@ def draw_rank_one(planes: Any, W: Any, a: Any, d: Any) -> None:
     weight, a_0, a_C = (torch.as_tensor(value) for value in (W, a, a + d))
     edited = (weight + weight_update(weight, a_0, a_C).dense()) @ a_0
     _plane(left, "what the layer reads", 1.15 * max(np.abs(a).max(), np.abs(a + d).max()))
-    _arrow(left, a, COLOURS["blue"], "$a_0$")
+    _arrow(left, a, COLOURS["grey"], "$a_0$")
     _arrow(left, a + d, COLOURS["vermillion"], "$a_C$")
     _arrow(left, a + d, INK, "δ", start=a, alpha=0.55, linewidth=1, linestyle=(0, (4, 3)))
     _plane(right, "what the layer outputs", 1.15 * max(np.abs(W @ a).max(), np.abs(W @ (a + d)).max()))
-    _arrow(right, W @ a, COLOURS["blue"], "$W a_0$")
+    _arrow(right, W @ a, COLOURS["grey"], "$W a_0$")
     _arrow(right, W @ (a + d), COLOURS["vermillion"], "", arrowstyle="-", linewidth=7, alpha=0.4)
-    _arrow(right, edited.numpy(), COLOURS["green"], "$W a_C = (W + ΔW)\\, a_0$")
+    _arrow(right, edited.numpy(), COLOURS["blue"], "$W a_C = (W + ΔW)\\, a_0$")
 
 
 def plane_array(name: str, value: Any) -> np.ndarray:
