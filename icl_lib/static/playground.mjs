@@ -92,7 +92,7 @@ function render({ model, el }) {
   });
   const note = make("p", { class: "icl-note" });
   note.innerHTML =
-    "Dotted: the unit circle and its image under W. Green: its image under W + ΔW. Dashed: the line perpendicular to " +
+    "Dotted: the unit circle and its image under W. Blue: its image under W + ΔW. Dashed: the line perpendicular to " +
     "a<sub>0</sub>, and its image. The edit does not move it. The two small points are the columns of W. " +
     "<strong>Challenge:</strong> move the arrows so that no edit of W can close the gap.";
   const controls = make(
