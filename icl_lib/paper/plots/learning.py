@@ -21,7 +21,7 @@ def curves(
     controls: Collection[str] = (),
     colours: Mapping[str, str] = MappingProxyType({}),
     mark: tuple[float | int, str] | None = None,
-    width: float | int = 3.3,
+    width: float | int = 3.15,
     **axes: Any,
 ) -> Figure:
     """Draw a curve for each of ``series``; controls are grey.

@@ -16,7 +16,7 @@ def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -
 
     ``readings`` by the name of the network; ``control`` names the untrained one.
     """
-    with figure(width=3.3, height=3.6) as (fig, ax):
+    with figure(width=3.15, height=3.6) as (fig, ax):
         for number, (name, reading) in enumerate(readings.items()):
             style = _style(number, len(readings), name == control)
             token = np.arange(1, len(reading.norms.mean) + 1)
@@ -38,7 +38,7 @@ def increments(readings: Mapping[str, TokenByToken], control: str, title: str) -
 
 def learning(reading: TokenByToken, sgd: Mapping[float, BesideSGD], title: str, ceiling: float | None = None) -> Figure:
     """The error at the query after each example, for reading and for SGD (Figure 4 of Dherin et al.)."""
-    with figure(width=3.3, height=3.7) as (fig, ax):
+    with figure(width=3.15, height=3.7) as (fig, ax):
         step = np.arange(len(reading.loss.mean))
         for number, (rate, trained) in enumerate(sgd.items()):
             _banded(ax, step, trained.loss, color=shade(number, len(sgd)), linestyle="--", label=f"SGD, rate {rate:g}")
@@ -57,7 +57,7 @@ def learning(reading: TokenByToken, sgd: Mapping[float, BesideSGD], title: str, 
 
 def step_cosines(cosines: Mapping[str, Cosines], controls: Sequence[str], title: str) -> Figure:
     """The cosine of each token's step with a descent direction; the controls are drawn in grey."""
-    with figure(width=3.3, height=3.4) as (fig, ax):
+    with figure(width=3.15, height=3.4) as (fig, ax):
         for number, (name, cosine) in enumerate(cosines.items()):
             token = np.arange(1, len(cosine.by_token.mean) + 1)
             style = _style(number, len(cosines), name in controls)
@@ -82,7 +82,7 @@ def token_losses(readings: Mapping[str, TokenByToken]) -> Row:
     for name, reading in readings.items():
         before, after = reading.lms_before, reading.lms_after
         token = np.arange(1, len(before.mean) + 1)
-        with figure(width=3.3, height=3.2) as (fig, ax):
+        with figure(width=3.15, height=3.2) as (fig, ax):
             _banded(ax, token, before, color=COLOURS["purple"], label="before")
             _banded(ax, token, after, color=COLOURS["ochre"], label="after")
             ax.set(title=name, xlabel="token", ylabel="the token’s own loss", xscale="log", ylim=(0, None))
@@ -137,12 +137,12 @@ def scrubbed(
         limit: the largest absolute value on the colour scale of the two matrices.
         answers_range: the ends of the axis of the predictions, so that several pictures share them.
     """
-    with figure(width=3.3, height=3.1, columns=2) as (heat, axes):
+    with figure(width=3.15, height=3.1, columns=2) as (heat, axes):
         for ax, matrix, title in zip(axes, (update, step), ("$W_i - W$", f"step, α = {rate:.3f}"), strict=True):
             heat_map(ax, matrix, limit, aspect="auto")
             ax.set(title=title, xticks=[], yticks=[])
         axes[0].set(ylabel="hidden unit", xlabel="activation")
-    with figure(width=3.2, height=3.1) as (answers, ax):
+    with figure(width=3.15, height=3.1) as (answers, ax):
         ax.axhline(right, color=COLOURS["green"], linestyle=":", label="target")
         ax.plot(range(len(predictions)), predictions, color=COLOURS["blue"], alpha=0.3)
         ax.plot(range(token + 1), predictions[: token + 1], color=COLOURS["blue"], label="prediction with $W_i$")

@@ -15,7 +15,7 @@ PREDICTED = {"color": INK, "linewidth": 7, "alpha": 0.22}
 
 def rates_found(steps: Sequence[int], rates: Any, best: Sequence[float]) -> Figure:
     """The rate of each layer during training ``[records, layers]``, with the best rates as wide lines."""
-    with figure(width=3.4, height=3.5) as (fig, ax):
+    with figure(width=3.15, height=3.5) as (fig, ax):
         for value in best:
             ax.axhline(value, **PREDICTED)
         for layer, curve in enumerate(np.asarray(rates).T):
@@ -32,7 +32,7 @@ def rates_found(steps: Sequence[int], rates: Any, best: Sequence[float]) -> Figu
 
 def distances(steps: Sequence[int], to_inverse: Any, to_identity: Any) -> Figure:
     r"""How far each layer is from a multiple of $\Sigma^{-1}$ during training, and, in grey, of the identity."""
-    with figure(width=3.4, height=3.5) as (fig, ax):
+    with figure(width=3.15, height=3.5) as (fig, ax):
         for layer, curve in enumerate(np.asarray(to_identity).T):
             ax.plot(steps, curve, color=COLOURS["grey"], linestyle="--", label="to $I$" if layer == 0 else None)
         for layer, curve in enumerate(np.asarray(to_inverse).T):
@@ -55,7 +55,7 @@ def matrices(named: Mapping[str, Any]) -> Row:
     pictures = []
     for name, matrix in named.items():
         matrix = np.round(np.asarray(matrix), 2) + 0.0  # no −0.00
-        with figure(width=2.3, height=2.3) as (fig, ax):
+        with figure(width=2.1, height=2.1) as (fig, ax):
             heat_map(ax, matrix, limit, numbers=True)
             ax.set(title=name, xticks=[], yticks=[])
         rows = "; ".join(", ".join(f"{value:.2f}" for value in row) for row in matrix)
