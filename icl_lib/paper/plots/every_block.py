@@ -79,7 +79,7 @@ def alignments(table: Any, title: str, of: str) -> Figure:
     """Draw a table of cosines as a heat map from −1 to 1, a small one with its numbers; ``of`` labels the axes."""
     table = np.asarray(table)
     small = len(table) <= 8
-    with figure(width=3.4, height=3.1) as (fig, ax):
+    with figure(width=3.15, height=3.1) as (fig, ax):
         picture = heat_map(ax, table, 1, numbers=small)
         ax.set(title=title, xlabel=of, ylabel=of)
         ticks = range(len(table)) if small else range(9, len(table), 10)
@@ -138,7 +138,7 @@ def errors_by_depth(
     ``whole`` and ``block`` have one list for each precision, with an entry for each depth. ``control`` is the error of
     the whole network without edits.
     """
-    with figure(width=3.4, height=3.9) as (fig, ax):
+    with figure(width=3.15, height=3.9) as (fig, ax):
         ax.plot(depths, control, "--", color=COLOURS["grey"], label="network, no edit")
         for number, name in enumerate(whole):
             colour = shade(number, len(whole))
@@ -166,7 +166,7 @@ def varied(runs: Sequence[Mapping[str, Any]], name: str, label: str) -> Figure:
 
     ``runs`` come from :func:`icl_lib.paper.experiments.summarise`.
     """
-    with figure(width=3.3, height=3.1) as (fig, ax):
+    with figure(width=3.15, height=3.1) as (fig, ax):
         for number, run in enumerate(runs):
             colour = shade(number, len(runs))
             steps = run["experiment"]["steps"]

@@ -54,10 +54,10 @@ def removal(
     """
     most, answers_range = limits or (None, None)
     here = f"With {kept[at]} of {kept[-1]} examples kept"
-    with figure(width=3.3, height=2.9) as (size, ax):
+    with figure(width=3.15, height=2.9) as (size, ax):
         _walked(ax, kept, norms, at)
         ax.set(title="norm of the edit, ‖ΔW‖", xlabel="examples kept", ylim=(0, most))
-    with figure(width=3.3, height=2.9) as (answers, ax):
+    with figure(width=3.15, height=2.9) as (answers, ax):
         visible = answers_range is None or answers_range[0] <= right <= answers_range[1]
         name = "right answer" if visible else f"right answer, {signed(right, '.2f')}: outside"
         ax.axhline(right, color=COLOURS["green"], linestyle=":", label=name)
