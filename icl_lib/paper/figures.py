@@ -88,7 +88,7 @@ UNDER = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "fontsize": "smal
 """A legend below the axes."""
 
 LEVELS = 65
-"""The number of colours of a heat map: odd, so that zero has one of its own."""
+"""The number of colours of a heat map. It is odd, so that zero has one of its own."""
 
 # A file opened by itself, or shown by a code host, has no page that sets its text colour and font.
 _STANDALONE = (

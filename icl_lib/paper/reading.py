@@ -34,7 +34,7 @@ class ReadByExample:
 
     @property
     def rates(self) -> Float[Tensor, "count examples blocks heads"]:
-        """The share of the newest example in a head's attention to examples: $1/i$ where it attends to all alike."""
+        """The share of the newest example in a head's attention to examples, $1/i$ where it attends to all alike."""
         return self.newest / self.read
 
 
