@@ -35,7 +35,26 @@ def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     lines[:] = with_math(lines)
 
 
+def undivided(lines: list[str]) -> list[str]:
+    """The description of an attribute in one piece: napoleon takes what is before its first colon for a type.
+
+    >>> undivided(["odd, so that zero has one of its own.", "", ":type: The number of colours"])
+    ['The number of colours: odd, so that zero has one of its own.', '']
+    """
+    for at, line in enumerate(lines):
+        if line.startswith(":type: "):
+            return [f"{line.removeprefix(':type: ')}: {lines[0]}", *lines[1:at], *lines[at + 1 :]]
+    return lines
+
+
+def join(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Sphinx's event ``autodoc-process-docstring``, after napoleon."""
+    if what in ("attribute", "data", "property"):
+        lines[:] = undivided(lines)
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Register with Sphinx."""
     app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon reads the sections
+    app.connect("autodoc-process-docstring", join, priority=600)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
