@@ -74,7 +74,7 @@ class Wrap(SphinxTransform):
             parent = caption.parent
             parent.remove(caption)
             cell.remove(output)
-            made.insert(1 if isinstance(made, NumberedTable) else 0, nodes.container("", output, classes=["cell"]))
+            made.insert(0, nodes.container("", output, classes=["cell"]))  # the style puts a table's caption above it
             folded = cell.get("hide_mode") == "input"
             parent.insert(parent.index(cell) + (0 if folded else 1), made)
             if not cell.children:

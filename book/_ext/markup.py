@@ -19,8 +19,8 @@ _ROLES = (
     ('<div id="pst-primary-sidebar"', '<div role="region" aria-label="Book" id="pst-primary-sidebar"'),
     ('<div role="list" class="citation-list">', '<div class="citation-list">'),
     (' role="doc-biblioentry"', ""),
-    ('<th class="head"><p></p></th>', "<td></td>"),
 )
+_EMPTY = re.compile(r'<th class="head[^"]*"><p></p></th>')
 _FOLD = re.compile(r'<summary aria-label="Toggle hidden content">')
 
 
@@ -36,6 +36,7 @@ def corrected(page: str) -> str:
         page = page[: first.end()] + _VIEWPORT.sub("", page[first.end() :])
     for theirs, ours in _ROLES:
         page = page.replace(theirs, ours)
+    page = _EMPTY.sub("<td></td>", page)
     page = _PROOF.sub('<div class="proof demonstration admonition">\n<p><em>Proof.</em> ', page)
     return _FOLD.sub("<summary>", page)
 

@@ -56,7 +56,7 @@ def formulas(doctree: nodes.document) -> Iterator[tuple[list[str], str]]:
     """Yield each formula of a page in tokens, with the anchor of the innermost section or statement around it."""
     for node in doctree.findall(lambda node: isinstance(node, (nodes.math, nodes.math_block))):
         around = node.parent
-        while around is not None and not around.get("ids"):
+        while around is not None and around.get("ids", []) in ([], ["proof"]):  # all proofs have this one
             around = around.parent
         if around is not None:
             yield tokens(node.astext()), around["ids"][0]

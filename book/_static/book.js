@@ -83,5 +83,5 @@ const widths = new ResizeObserver((entries) => {
     else target.removeAttribute("tabindex");
   }
 });
-const wide = ".bd-article :is(mjx-container[display=true], .pst-scrollable-table-container, pre)";
+const wide = ".bd-article :is(mjx-container[display=true], .pst-scrollable-table-container, pre, :is(p, dd):has(> :is(.math, .unbroken, .symbols)))";
 for (const node of document.querySelectorAll(wide)) widths.observe(node);

@@ -19,7 +19,7 @@ const number = (x) => {
 };
 
 const pairs = (path) =>
-  [...path.getAttribute("d").matchAll(/[ML] (\S+) (\S+)/g)].map(([, x, y]) => [Number(x), Number(y)]);
+  [...(path.getAttribute("d") ?? "").matchAll(/[ML] (\S+) (\S+)/g)].map(([, x, y]) => [Number(x), Number(y)]);
 
 /** From a place between two ends to the value there, as exactly as a drawing with so many different places shows it. */
 const scaled = ({ limits: [low, high], scale }, part, places = 1000) => {
