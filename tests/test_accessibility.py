@@ -15,8 +15,8 @@ from test_pages import PHONE, THEMES, pages
 # letters stand for it.
 PREPARE = """() => {
   for (const fold of document.querySelectorAll("details")) fold.open = true;
-  for (const moving of document.getAnimations()) moving.finish();
   for (const button of document.querySelectorAll(".toggle-button.toggle-button-hidden")) button.click();
+  for (const moving of document.getAnimations()) moving.finish();
   for (const said of document.querySelectorAll("mjx-assistive-mml")) said.textContent = said.textContent;
   for (const drawn of document.querySelectorAll("mjx-math, svg[role=img]")) {
     const { width, height } = drawn.getBoundingClientRect();
