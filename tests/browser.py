@@ -7,12 +7,13 @@ import functools
 import http.server
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, Response, Route
+from playwright.sync_api import Browser, ConsoleMessage, Page, Playwright, Response, Route, sync_playwright
 
 ARGUMENTS = [
     "--headless",
@@ -39,6 +40,18 @@ def find_chromium(playwright: Playwright) -> str | None:
             return path
     own = playwright.chromium.executable_path
     return own if Path(own).exists() else None
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """A Chromium for a script; ends the script, and says how to get one, where there is none."""
+    with sync_playwright() as playwright:
+        path = find_chromium(playwright)
+        if path is None:
+            sys.exit(HOW_TO_GET_ONE)
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
 
 
 @contextlib.contextmanager

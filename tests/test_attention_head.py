@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-import page_assets
 import pytest
 import torch
 from browser import CONTRASTS, Visit, settle, visiting
 from playwright.sync_api import Browser, Locator, expect
+from widgets_page import widgets_page
 
 from icl_lib.dynamics import normalised_lms, trajectory
 from icl_lib.widgets import AttentionHead, Playground
-from icl_lib.widgets.page import STATIC, module
+from icl_lib.widgets.page import module
 
 EXACT = 1e-12
-PAGE = """<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>Head</title>
-<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="widgets.css">
-<script defer src="widgets.js"></script><body>%s"""
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder: Path = tmp_path_factory.mktemp("head")
-    modules = {path.stem: path.read_text(encoding="utf-8") for path in STATIC.glob("*.mjs")}
-    mount = (STATIC / "mount.js").read_text(encoding="utf-8")
-    (folder / "widgets.js").write_text(page_assets.bundle(modules, mount), encoding="utf-8")
-    shutil.copyfile(STATIC / "widgets.css", folder / "widgets.css")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ICL_LIB_BOOK_BUILD", "1")
         shown = [widget._repr_mimebundle_()[0]["text/html"] for widget in (AttentionHead(), Playground())]
-    (folder / "index.html").write_text(PAGE % "".join(shown), encoding="utf-8")
-    return folder.as_uri()
+    return widgets_page(tmp_path_factory.mktemp("head"), *shown)
 
 
 @pytest.fixture
@@ -100,9 +89,9 @@ def test_numbers_are_those_of_the_library(visit):
                 "wanted": (seen["wanted"], block(tokens, other)),
             }
             for name, (browser, library) in close.items():
-                np.testing.assert_allclose(browser, library, rtol=1e-11, atol=EXACT, err_msg=f"{name}, {n}, {uniform}")
+                np.testing.assert_allclose(browser, library, rtol=EXACT, atol=EXACT, err_msg=f"{name}, {n}, {uniform}")
             scores = torch.cat([tokens, query[None]]) @ query * (not uniform) / 2**0.5
-            np.testing.assert_allclose(column("weight"), scores.softmax(0)[:-1], rtol=1e-11)
+            np.testing.assert_allclose(column("weight"), scores.softmax(0)[:-1], rtol=EXACT)
             assert max(seen["residuals"]["output"], seen["residuals"]["steps"]) < EXACT
             assert seen["residuals"]["other"] > 1e-3, "the control: the edit was not made for the other query"
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-import page_assets
 import pytest
 from browser import Visit, settle, visiting
 from playwright.sync_api import Browser, Locator, expect
+from widgets_page import widgets_page
 
 from icl_lib.paper.figures import COLOURS, Figure, Row, figure, heat_map
 from icl_lib.widgets import explore
-from icl_lib.widgets.page import STATIC
 
-PAGE = """<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>Explore</title>
-<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="widgets.css">
-<script defer src="widgets.js"></script><body>%s"""
 X = np.linspace(0, 10, 11)
 MATRIX = np.random.default_rng(0).normal(size=(7, 5)).clip(-2, 2)
 
@@ -46,16 +40,10 @@ def matrices(k, sign):
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder: Path = tmp_path_factory.mktemp("explore")
-    modules = {path.stem: path.read_text(encoding="utf-8") for path in STATIC.glob("*.mjs")}
-    mount = (STATIC / "mount.js").read_text(encoding="utf-8")
-    (folder / "widgets.js").write_text(page_assets.bundle(modules, mount), encoding="utf-8")
-    shutil.copyfile(STATIC / "widgets.css", folder / "widgets.css")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ICL_LIB_BOOK_BUILD", "1")
         views = [explore(curves, k=[1, 2, 3, 4]), explore(matrices, k=[1, 2, 3], sign=["plus", "minus"])]
-    (folder / "index.html").write_text(PAGE % "".join(view._repr_html_() for view in views), encoding="utf-8")
-    return folder.as_uri()
+    return widgets_page(tmp_path_factory.mktemp("explore"), *(view._repr_html_() for view in views))
 
 
 @pytest.fixture

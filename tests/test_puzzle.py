@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
-import page_assets
 import pytest
 from browser import CONTRASTS, Visit, settle, visiting
 from playwright.sync_api import Browser, Locator, expect
+from widgets_page import widgets_page
 
 from icl_lib.paper.hidden_rule import RULES
-from icl_lib.widgets.page import STATIC, page_html
+from icl_lib.widgets.page import page_html
 
 EXACT = 1e-12
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 START = {"examples": "2+3=10, 4+2=12, 1+5=12", "question": "2+8", "serves": []}
-PAGE = """<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>Puzzle</title>
-<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="widgets.css">
-<script defer src="hidden_rule.js"></script><script defer src="widgets.js"></script><body>%s"""
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder: Path = tmp_path_factory.mktemp("puzzle")
-    modules = {path.stem: path.read_text(encoding="utf-8") for path in STATIC.glob("*.mjs")}
-    mount = (STATIC / "mount.js").read_text(encoding="utf-8")
-    (folder / "widgets.js").write_text(page_assets.bundle(modules, mount), encoding="utf-8")
-    (folder / "hidden_rule.js").write_text(page_assets.model_script(page_assets.MODEL), encoding="utf-8")
-    shutil.copyfile(STATIC / "widgets.css", folder / "widgets.css")
-    (folder / "index.html").write_text(PAGE % page_html("puzzle", START, "<p>2+8 = ?</p>"), encoding="utf-8")
-    return folder.as_uri()
+    return widgets_page(tmp_path_factory.mktemp("puzzle"), page_html("puzzle", START, "<p>2+8 = ?</p>"), model=True)
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_the_search_finds_sections(browser: Browser, address: str, site: Path):
         assert results(page, "") == []
         assert results(page, "zzyzx") == []
         first = {query: results(page, query)[0] for query in ("LoRA", "rank one", "von Oswald", "weight_update")}
-        assert any("adapter" in found["title"] for found in results(page, "LoRA")[:3])
+        assert "adapter" in first["LoRA"]["title"]
         assert "/api/" not in first["LoRA"]["href"]
         assert first["weight_update"]["title"].startswith("theorem.weight_update")
         assert "deriving.html#" in first["rank one"]["href"]

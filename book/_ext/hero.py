@@ -7,22 +7,17 @@ import sys
 from pathlib import Path
 
 from PIL import Image, ImageOps
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
-from browser import ARGUMENTS, HOW_TO_GET_ONE, find_chromium, settle  # noqa: E402
+from browser import chromium, settle  # noqa: E402
 
 PICTURE = ROOT / "book" / "_static" / "hero.png"
 
 
 def main() -> None:
     """Draw it from the built landing page."""
-    with sync_playwright() as playwright:
-        chromium = find_chromium(playwright)
-        if chromium is None:
-            sys.exit(HOW_TO_GET_ONE)
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900}, device_scale_factor=1.5, color_scheme="light")
         page.goto((ROOT / "_build" / "html" / "book" / "index.html").as_uri())
         settle(page)
@@ -31,7 +26,6 @@ def main() -> None:
         page.mouse.move(0, 0)
         page.wait_for_timeout(8000)  # all questions are asked, one after the other
         shot = puzzle.screenshot()
-        browser.close()
     with Image.open(io.BytesIO(shot)) as picture:  # few colours: a quarter of the size
         framed = ImageOps.expand(picture.convert("RGB"), border=24, fill="white")
         framed.quantize(64, dither=Image.Dither.NONE).save(PICTURE, optimize=True)

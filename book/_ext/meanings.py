@@ -13,6 +13,7 @@ from typing import Any
 
 from docutils import nodes
 from execution import ROOT
+from page_assets import fingerprint
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 NOTATION = "book/notation"
@@ -135,5 +136,6 @@ class Explain(SphinxPostTransform):
 
 def setup(app: Any) -> dict[str, Any]:
     """Register with Sphinx."""
+    app.add_config_value("meanings", fingerprint([ROOT / f"{NOTATION}.md"]), "html")  # all pages when a row changes
     app.add_post_transform(Explain)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urldefrag
 
 import byline
 import notebooks
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from previews import site_url
 from pypdf import PdfReader, PdfWriter
 from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, NullObject
@@ -28,7 +28,7 @@ from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject
 ROOT = Path(__file__).resolve().parents[2]
 SITE = ROOT / "_build" / "html"
 sys.path.append(str(ROOT / "tests"))
-from browser import ARGUMENTS, HOW_TO_GET_ONE, find_chromium, settle  # noqa: E402
+from browser import chromium, settle  # noqa: E402
 
 PAPER = {"format": "A4", "prefer_css_page_size": True, "print_background": True}
 SHEET = "<style>@page { size: A4; margin: %s } body { font: 11pt/1.5 sans-serif; color: #222; margin: 0 }</style>"
@@ -200,14 +200,9 @@ def write(path: Path, browser: Browser) -> list[Chapter]:
 
 def main() -> None:
     """Print the book that is built."""
-    with sync_playwright() as playwright:
-        chromium = find_chromium(playwright)
-        if chromium is None:
-            sys.exit(HOW_TO_GET_ONE)
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+    with chromium() as browser:
         path = ROOT / "_build" / "book.pdf"
         chapters = write(path, browser)
-        browser.close()
     print(f"The book is printed, {len(chapters)} chapters: {path}")
 
 
