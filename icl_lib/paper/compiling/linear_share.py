@@ -14,6 +14,9 @@ from icl_lib.models.anatomy import sites
 from icl_lib.models.tokens import Tokens, behind_kept
 from icl_lib.paper.compiling.baselines import padded
 
+TOGETHER = 8
+"""Questions in a pass: all that the maps of all blocks read for the whole prompt is in memory at once."""
+
 
 def linear_share(
     model: nn.Module, prompt: Tensor, calibration: Sequence[Tensor], held_out: Sequence[Tensor], keep: int
@@ -30,7 +33,11 @@ def linear_share(
     placed = sites(model, anatomy_of(model))
 
     def read(texts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What the MLPs read for the tokens of some questions, without and behind the prompt, ``[tokens, width]``."""
+        """What the MLPs read for the tokens of the questions, without and behind the prompt, ``[tokens, width]``."""
+        parts = [read_together(texts[at : at + TOGETHER]) for at in range(0, len(texts), TOGETHER)]
+        return [tuple(map(torch.cat, zip(*block, strict=True))) for block in zip(*parts, strict=True)]
+
+    def read_together(texts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         ids, lengths = padded(texts)
         used = torch.arange(ids.shape[1]) < lengths[:, None]
         positions = torch.tensor([*range(keep), *range(len(prompt), len(prompt) + ids.shape[1])])
