@@ -33,6 +33,7 @@ from icl_lib.theorem import weight_update
 with extra("figures"):
     import matplotlib
     from cycler import cycler
+    from matplotlib import _mathtext
     from matplotlib.axes import Axes
     from matplotlib.colors import to_hex, to_rgb
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -234,7 +235,7 @@ def _draw(fig: MatplotlibFigure) -> str:
         if curves or ax.images:
             ax.set_gid(f"icl-mark-{len(marks)}")
             marks[ax.get_gid()] = f'data-axes="{html.escape(json.dumps(_facts(ax), ensure_ascii=False))}"'
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "icl_lib"}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "icl_lib"}), _large_exponents():
         fig.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
     if getattr(fig, "number", None) is not None:
         from matplotlib import pyplot  # only a figure of pyplot has a number, so pyplot is already imported
@@ -242,6 +243,16 @@ def _draw(fig: MatplotlibFigure) -> str:
         pyplot.close(fig)
     text = re.sub(r'id="(icl-mark-\d+)"', lambda found: marks[found[1]], buffer.getvalue())
     return text[text.index("<svg") :].strip()
+
+
+@contextlib.contextmanager
+def _large_exponents() -> Iterator[None]:
+    """Write exponents and indices larger than matplotlib does, which has no setting for it: a phone shows them too."""
+    shrink, _mathtext.SHRINK_FACTOR = _mathtext.SHRINK_FACTOR, 0.85
+    try:
+        yield
+    finally:
+        _mathtext.SHRINK_FACTOR = shrink
 
 
 def _facts(ax: Axes) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def alignments(table: Any, title: str, of: str) -> Figure:
         ticks = range(len(table)) if small else range(9, len(table), 10)
         ax.set_xticks(ticks, [str(tick + 1) for tick in ticks])
         ax.set_yticks(ticks, [str(tick + 1) for tick in ticks])
-        fig.colorbar(picture, ax=ax, shrink=0.8)
+        if not small:
+            fig.colorbar(picture, ax=ax, shrink=0.55)  # no higher than the picture: the title may reach above it
     off = table[~np.eye(len(table), dtype=bool)]
     low, high = (signed(end, ".2f") for end in (off.min(), off.max()))
     return Figure(
