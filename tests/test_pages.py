@@ -460,6 +460,28 @@ def test_formulas_are_no_stops_of_the_tab_key(visit: Visit, address: str, site: 
 
 
 @on_disk
+def test_formulas_are_copied_in_tex(visit: Visit, address: str, site: Path):
+    """A double click copies one formula; text is copied with its formulas, and text without any as it is."""
+    visit.page.goto(f"{address}/book/theorem.html")
+    settle(visit.page)
+    visit.page.evaluate(
+        "addEventListener('copy', (event) => (window.copied = event.clipboardData.getData('text/plain')))"
+    )
+    visit.page.locator("mjx-container[display=true]").first.dblclick()
+    copied = visit.page.evaluate("window.copied")
+    assert copied.startswith("$$")
+    assert r"\lVert \boldsymbol a_0 \rVert^2" in copied
+    expect(visit.page.get_by_role("status")).to_have_text(f"Copied: {copied.strip('$')}")
+    select = "(node) => getSelection().selectAllChildren(node)"
+    visit.page.locator("p:has(.math)").first.evaluate(select)
+    visit.page.keyboard.press("ControlOrMeta+c")
+    assert re.search(r"\w \$[^$]+\$[ ,.]", visit.page.evaluate("window.copied"))
+    visit.page.locator("h1").evaluate(select)
+    visit.page.keyboard.press("ControlOrMeta+c")
+    assert visit.page.evaluate("window.copied") == "", "the browser copies plain text by itself"
+
+
+@on_disk
 def test_explore_is_announced(visit: Visit, address: str, site: Path):
     """A screen reader reads the alternative text of each new frame."""
     visit.page.goto(f"{address}/{a_page(site, 'explore')}")

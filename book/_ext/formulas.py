@@ -118,7 +118,10 @@ def with_formulas(page: str, fonts: str) -> str:
     if not formulas:
         return page
     shown, rules = typeset(list(formulas), fonts)
-    formulas = dict(zip(formulas, shown, strict=True))
+    formulas = {
+        given: each.replace(" ", f' data-tex="{html.escape(given[0].strip())}" ', 1)  # book.js copies it
+        for given, each in zip(formulas, shown, strict=True)
+    }
     page = replace(page, lambda tex, display: formulas[tex, display])
     rules = re.sub(r"\s*\n\s*", "", rules)
     return page.replace("</head>", f"<style>{rules}</style>\n</head>", 1)

@@ -53,16 +53,43 @@ document.addEventListener("click", (event) => {
   const shown = document.querySelector(".symbols-shown");
   shown?.remove();
   const formula = event.target.closest?.("abbr.symbols");
-  if (!formula || shown?.formula === formula || event.target.closest("a, button, summary")) return;
-  const said = Object.assign(document.createElement("span"), { className: "symbols-shown", textContent: formula.title, formula });
+  if (formula && shown?.formula !== formula && !event.target.closest("a, button, summary")) say(formula.title, formula);
+});
+const say = (textContent, formula) => {
+  const said = Object.assign(document.createElement("span"), { className: "symbols-shown", textContent, formula });
   said.setAttribute("role", "status");
   document.body.append(said);
   const at = formula.getBoundingClientRect();
   said.style.top = `${at.bottom + window.scrollY + 6}px`;
   said.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - said.offsetWidth - 8))}px`;
-});
+};
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") document.querySelector(".symbols-shown")?.remove();
+});
+
+// Text is copied with its formulas in TeX. A double click on a formula copies it alone.
+document.addEventListener("copy", (event) => {
+  if (getSelection().isCollapsed) return;
+  const range = getSelection().getRangeAt(0).cloneRange();
+  const around = (node) => (node.closest ? node : node.parentElement).closest("[data-tex]"); // a part copies the whole
+  const [first, last] = [around(range.startContainer), around(range.endContainer)];
+  if (first) range.setStartBefore(first);
+  if (last) range.setEndAfter(last);
+  const copy = document.createElement("div");
+  copy.append(range.cloneContents());
+  const formulas = copy.querySelectorAll("[data-tex]");
+  if (!formulas.length) return;
+  for (const formula of formulas) formula.replaceWith(formula.hasAttribute("display") ? `$$${formula.dataset.tex}$$` : `$${formula.dataset.tex}$`);
+  document.body.append(copy); // only what is on a page has lines
+  event.clipboardData.setData("text/plain", copy.innerText);
+  copy.remove();
+  event.preventDefault();
+});
+document.addEventListener("dblclick", (event) => {
+  const formula = event.target.closest?.("[data-tex]");
+  if (!formula) return;
+  getSelection().selectAllChildren(formula);
+  if (document.execCommand("copy")) say(`Copied: ${formula.dataset.tex}`, formula);
 });
 
 // The search is loaded when a reader first opens it, or at once on its own page.
