@@ -53,8 +53,14 @@ def join(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str
         lines[:] = undivided(lines)
 
 
+def says_nothing(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out the fields of a named tuple: the signature has them, and Python describes them by their numbers."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Register with Sphinx."""
     app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon reads the sections
     app.connect("autodoc-process-docstring", join, priority=600)
+    app.connect("autodoc-skip-member", says_nothing)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
