@@ -129,9 +129,10 @@ const entry = (along, down) => (x, y) => {
 const largest = (vectors) => Math.max(1e-300, ...vectors.flatMap((vector) => [...vector].map(Math.abs)));
 
 /** What the three answers show: whether the edit serves the question, and by how much two answers differ. */
-function inWords(question, serves, prompted, edited) {
+function inWords(question, serves, [prompted, bare, edited]) {
   if (!edited) return "The weights are the same in both columns. Only what the model reads is different.";
-  const [apart, [[wanted]], [[answer]]] = [distance(prompted, edited), best(prompted), best(edited)];
+  const apart = distance(prompted, edited);
+  const [[[wanted]], [[unedited]], [[answer]]] = [prompted, bare, edited].map((chances) => best(chances));
   if (serves.includes(question)) {
     const made = serves.length > 1 ? `This edit, of rank ${serves.length}, serves ${listed(serves)}. ` : "";
     return `${made}The edited model reads only ${question}=, and answers as the original one does after the examples. ` +
@@ -140,7 +141,7 @@ function inWords(question, serves, prompted, edited) {
   const made = `The edit was made from ${listed(serves)}. For ${question}`;
   return answer === wanted
     ? `${made} the answer happens to be the same, but the probabilities differ by up to ${percent(apart)}.`
-    : `${made} it fails: the answer is ${answer}, and with the examples it is ${wanted}.`;
+    : `${made} it fails: the answer is ${answer}${answer === unedited ? ", as without the examples," : ""} and not ${wanted}.`;
 }
 
 let groups = 0; // each widget's radio buttons need their own name
@@ -179,8 +180,8 @@ function render({ model, el }) {
   const choose = (examples, question) => set({ examples, question, serves: state()[2].length ? [question] : [] });
   const presets = PRESETS.map(([name, examples, [question], title]) =>
     button(name, () => (attempt(() => choose(examples, question)), edit(false)), { title }));
-  const own = button("edit", () => edit(field.hidden), { title: "Write your own examples",
-    "aria-label": "edit the examples", "aria-expanded": "false" });
+  const own = button("change", () => edit(field.hidden), { title: "Write your own examples",
+    "aria-label": "change the examples", "aria-expanded": "false" });
   const chips = make("span", { class: "icl-chips" });
   const text = { type: "text", autocomplete: "off", spellcheck: "false" };
   const field = make("input", { ...text, "aria-label": "examples, separated by commas", hidden: "" });
@@ -209,7 +210,7 @@ function render({ model, el }) {
   toggle.addEventListener("change", () => move(toggle.checked));
   const others = make("div", { class: "icl-presets", role: "group", "aria-label": "Ask" });
   const prompt = make(
-    "div", { class: "icl-prompt" }, chips, field, own,
+    "div", { class: "icl-prompt" }, make("span", { class: "icl-spacious" }, "Prompt"), chips, field, own,
     make("span", { class: "icl-question" }, ask, " = ?"));
 
   // --- The answers
@@ -249,8 +250,8 @@ function render({ model, el }) {
     const edits = answers.edits(...[state()[0], state()[2]]);
     lens.classList.toggle("icl-empty", !edits);
     added.textContent = edits
-      ? "What is added to the weights: three matrices in each block. Blue is positive, orange negative. Choose one:"
-      : "Nothing is added to the weights: they are those that training left.";
+      ? "What is added to the weights: three matrices in each block. Blue is positive, orange negative. Choose one."
+      : "The model has four blocks, with three matrices in each. So far nothing is added to them.";
     if (!edits) return;
     const [along, down] = factors(name, edits[b][name]);
     const [width, height] = [along[0].length, down[0].length];
@@ -296,7 +297,7 @@ function render({ model, el }) {
         cell.title = `${question}: ${edited}${wanted === edited ? "" : `, and with the examples ${wanted}`}`;
       }
       if (at < cells.length) return void setTimeout(step);
-      served.textContent = `Of all ${cells.length} questions, the edited model answers ${same} as with the examples (green).`;
+      served.textContent = `Of the ${cells.length} questions from 1+1 to 9+9, the edited model answers ${same} as with the examples (green).`;
       map.setAttribute("aria-label", served.textContent);
     };
     setTimeout(step);
@@ -354,8 +355,7 @@ function render({ model, el }) {
     const [examples, question, serves] = state();
     let found;
     if (!attempt(() => (found = answers.to(question, examples, serves)))) return;
-    const [prompted, bare, edited] = found;
-    const moved = edited !== null;
+    const moved = found[2] !== null;
     el.classList.toggle("icl-moved", moved);
     toggle.checked = moved;
     ask.value = question;
@@ -384,7 +384,7 @@ function render({ model, el }) {
 
     const fits = serves.includes(question);
     verdict.className = `icl-verdict ${!moved ? "" : fits ? "icl-good" : "icl-bad"}`;
-    verdict.textContent = inWords(question, serves, prompted, edited);
+    verdict.textContent = inWords(question, serves, found);
     actions.replaceChildren();
     const more = [...serves, question];
     if (moved && !fits)
@@ -416,7 +416,7 @@ function render({ model, el }) {
   el.setAttribute("data-lm-suppress-shortcuts", "true");
   el.replaceChildren(
     make("div", { class: "icl-presets", role: "group", "aria-label": "Hidden rule" },
-      make("span", { class: "icl-spacious" }, "Hidden rule"), ...presets),
+      make("span", {}, make("span", { class: "icl-spacious" }, "Hidden "), "rule"), ...presets),
     prompt,
     make("div", { class: "icl-controls" },
       make("label", { class: "icl-switch" }, toggle, "Move the examples into the weights"), others),
