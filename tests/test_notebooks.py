@@ -45,6 +45,7 @@ def test_what_a_page_says():
     assert "**At all 12345 measurements the relative difference of the two losses is at most 12345.**" in text
     assert "[Theorem 1](deriving.ipynb) is Theorem 2.2 of [Dherin et al. (2025)](https://arxiv.org/" in text
     assert "<summary>Solution to Exercise 3</summary>" in text
+    assert "> The optimiser and its learning rate are our choice" in text
     assert "pip install" in text
     on_binder = notebooks.Book(ROOT / "book", PAGES, installed=True)
     assert "pip install" not in prose(on_binder.notebook("cost", defaultdict(str)))

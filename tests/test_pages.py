@@ -471,12 +471,12 @@ def test_formulas_are_copied_in_tex(visit: Visit, address: str, site: Path):
     copied = visit.page.evaluate("window.copied")
     assert copied.startswith("$$")
     assert r"\lVert \boldsymbol a_0 \rVert^2" in copied
-    expect(visit.page.get_by_role("status")).to_have_text(f"Copied: {copied.strip('$')}")
+    expect(visit.page.locator(".symbols-shown[role=status]")).to_have_text(f"Copied: {copied.strip('$')}")
     select = "(node) => getSelection().selectAllChildren(node)"
     visit.page.locator("p:has(.math)").first.evaluate(select)
     visit.page.keyboard.press("ControlOrMeta+c")
     assert re.search(r"\w \$[^$]+\$[ ,.]", visit.page.evaluate("window.copied"))
-    visit.page.locator("h1").evaluate(select)
+    visit.page.locator("article h1").evaluate(select)
     visit.page.keyboard.press("ControlOrMeta+c")
     assert visit.page.evaluate("window.copied") == "", "the browser copies plain text by itself"
 

@@ -207,7 +207,7 @@ def test_the_map_asks_every_question(puzzle):
         ask(puzzle, made)
         if made == "9+9":
             puzzle.locator(".icl-main").click()
-        expect(count).to_contain_text("Of all 81 questions", timeout=20_000)
+        expect(count).to_contain_text("Of the 81 questions", timeout=20_000)
         same = cells.evaluate_all(
             "(cells) => cells.filter((cell) => cell.className.includes('icl-same')).map((c) => c.title)"
         )

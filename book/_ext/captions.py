@@ -1,6 +1,6 @@
 """Figures and tables with numbers and captions, whatever a cell shows: a picture, a table, an explorer, a widget.
 
-The directive stands below the cell whose output it names::
+The directive stands below the cell whose output it names, or below a table that is typed::
 
     :::{caption} fig-removal
     **The edit grows as more examples leave the prompt.** Left: the norm of the edit. …
@@ -29,11 +29,11 @@ class NumberedTable(nodes.figure):
 
 
 class Caption(nodes.General, nodes.Element):
-    """The caption of the cell above it, until the whole page is read."""
+    """The caption of what is above it, until the whole page is read."""
 
 
 class CaptionDirective(SphinxDirective):
-    """Name, number and describe the output of the cell above."""
+    """Name, number and describe the output of the cell, or the table, above."""
 
     required_arguments = 1
     has_content = True
@@ -58,32 +58,28 @@ class CaptionDirective(SphinxDirective):
 
 
 class Wrap(SphinxTransform):
-    """Move the output of each cell with a caption into its figure."""
+    """Move each output and each table with a caption into its figure."""
 
     default_priority = 400  # after the cells are read, before labels and numbers are collected
 
     def apply(self, **kwargs: Any) -> None:
         for caption in list(self.document.findall(Caption)):
-            made, siblings = caption.children[0], caption.parent.children
-            cell = siblings[siblings.index(caption) - 1]
-            output = next((part for part in cell if is_output(part)), None) if is_cell(cell) else None
-            if output is None:
-                LOGGER.warning("the caption %r is not below a cell with an output.", made["names"][0], location=caption)
+            made, parent = caption.children[0], caption.parent
+            above = parent[parent.index(caption) - 1]
+            shown = above if isinstance(above, nodes.table) else next(filter(is_output, above.children), None)
+            if shown is None:
+                LOGGER.warning(
+                    "the caption %r is not below a table or a cell with an output.", made["names"][0], location=caption
+                )
                 caption.replace_self([])
                 continue
-            parent = caption.parent
+            folded = above.get("hide_mode") == "input"
             parent.remove(caption)
-            cell.remove(output)
-            made.insert(0, nodes.container("", output, classes=["cell"]))  # the style puts a table's caption above it
-            folded = cell.get("hide_mode") == "input"
-            parent.insert(parent.index(cell) + (0 if folded else 1), made)
-            if not cell.children:
-                parent.remove(cell)
-
-
-def is_cell(node: nodes.Node) -> bool:
-    """Whether a node is a cell of code with its outputs."""
-    return isinstance(node, nodes.container) and node.get("nb_element") == "cell_code"
+            parent.insert(parent.index(above) + (0 if folded else 1), made)
+            shown.parent.remove(shown)
+            made.insert(0, nodes.container("", shown, classes=["cell"]))  # the style puts a table's caption above it
+            if above is not shown and not above.children:
+                parent.remove(above)
 
 
 def is_output(node: nodes.Node) -> bool:

@@ -3,7 +3,7 @@
 - A fold's name for screen readers is its visible text; MyST-NB names them all "Toggle hidden content".
 - A proof is set apart from what it proves; sphinx-proof gives all of them one id and no name.
 - The keys that open the search are no part of its button's name. The site's title is in a landmark. Roles that no
-  browser knows are left out. An empty cell is no heading.
+  browser knows are left out. An empty cell is no heading. What unfolds the pages of a chapter has a name.
 - A page has one viewport; Sphinx, docutils and the theme each declare one.
 """
 
@@ -19,6 +19,7 @@ _ROLES = (
     ('<div id="pst-primary-sidebar"', '<div role="region" aria-label="Book" id="pst-primary-sidebar"'),
     ('<div role="list" class="citation-list">', '<div class="citation-list">'),
     (' role="doc-biblioentry"', ""),
+    ('<summary><span class="toctree-toggle"', '<summary aria-label="Its pages"><span class="toctree-toggle"'),
 )
 _EMPTY = re.compile(r'<th class="head[^"]*"><p></p></th>')
 _FOLD = re.compile(r'<summary aria-label="Toggle hidden content">')

@@ -204,6 +204,8 @@ class Book:
         if kind == "solution":
             summary = f"<summary>Solution to {self.titles[title][1]}</summary>"
             return ["<details>", summary, "", *body, "", "</details>"]
+        if kind == "margin":
+            return list(quoted(body))
         if kind == "admonition":
             return list(quoted([f"**{title}**", "", *body]))
         if kind.startswith("prf:"):
