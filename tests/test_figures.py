@@ -249,3 +249,12 @@ def test_a_heat_map_has_a_pixel_for_each_entry_and_a_palette():
 )
 def test_labels_in_plain_text(label, plain):
     assert _plain(label) == plain
+
+
+@pytest.mark.parametrize(("scale", "least"), [("log", 9.3), ("linear", 7.6)])
+def test_the_exponents_of_a_logarithmic_axis_are_large_enough_for_a_phone(scale, least):
+    with figure() as (fig, ax):
+        ax.plot([1, 2], [1e-9, 1])
+        ax.set(yscale=scale, xlabel="$x_1$")
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", Figure(fig, "a line").svg)]
+    assert least < min(sizes) < least + 0.2

@@ -235,7 +235,7 @@ def _draw(fig: MatplotlibFigure) -> str:
         if curves or ax.images:
             ax.set_gid(f"icl-mark-{len(marks)}")
             marks[ax.get_gid()] = f'data-axes="{html.escape(json.dumps(_facts(ax), ensure_ascii=False))}"'
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "icl_lib"}), _large_exponents():
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "icl_lib"}), _large_exponents(fig):
         fig.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
     if getattr(fig, "number", None) is not None:
         from matplotlib import pyplot  # only a figure of pyplot has a number, so pyplot is already imported
@@ -246,9 +246,11 @@ def _draw(fig: MatplotlibFigure) -> str:
 
 
 @contextlib.contextmanager
-def _large_exponents() -> Iterator[None]:
-    """Write exponents and indices larger than matplotlib does, which has no setting for it: a phone shows them too."""
-    shrink, _mathtext.SHRINK_FACTOR = _mathtext.SHRINK_FACTOR, 0.85
+def _large_exponents(fig: MatplotlibFigure) -> Iterator[None]:
+    """Write the exponents of logarithmic axes larger than matplotlib, which has no setting for it: for phones."""
+    shrink = _mathtext.SHRINK_FACTOR
+    if any("log" in ax.get_xscale() + ax.get_yscale() for ax in fig.axes):
+        _mathtext.SHRINK_FACTOR = 0.85
     try:
         yield
     finally:
