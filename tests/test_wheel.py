@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import defaultdict
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import distributions, packages_distributions, requires
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import ZipFile
@@ -164,7 +165,16 @@ def imports(node: ast.AST, lazy: bool = False, extra: str = "") -> Iterator[Impo
             yield from imports(child, lazy, extra)
 
 
-BRINGS = functools.cache(packages_distributions)  # it takes a second
+@functools.cache  # it takes a second
+def BRINGS() -> dict[str, list[str]]:
+    """The packages that bring each module. Python 3.10 itself knows only those of packages that list their modules."""
+    brings = defaultdict(list, packages_distributions())
+    for one in distributions():
+        if one.read_text("top_level.txt") is None:
+            for name in {file.parts[0].removesuffix(".py") for file in one.files or () if file.suffix == ".py"}:
+                if one.name not in brings[name]:
+                    brings[name].append(one.name)
+    return brings
 
 
 def package(module: str) -> str | None:
