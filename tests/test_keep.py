@@ -5,7 +5,7 @@ import torch
 from cases import lively, relative
 from language import LENGTH, prompts, same, shared, state
 
-from icl_lib import absorb, verify
+from icl_lib import absorb, greedy_agreement, verify
 from icl_lib.paper.experiments.language import LANGUAGE_MODELS
 
 POST_NORM = ("Gemma 3", "OLMo 2")
@@ -96,3 +96,19 @@ def test_bad_arguments_are_named(arguments, says):
         with pytest.raises(ValueError, match=says):
             function(model, prompts(1, length=9), 5, **arguments)
     assert same(before, state(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "OLMo 2", "Phi", "GPT-2"])
+def test_text_is_written_behind_kept_tokens(name):
+    model, ids = shared(name, torch.float32), prompts(3, length=12)
+    found = greedy_agreement(model, ids, max_new_tokens=8, keep=2)
+    assert (found.share, found.error < 1e-5) == (1, True), found
+    written = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    assert torch.equal(found.tokens, written[:, 12:])
+    # The control reads the kept tokens and the current one, in a call of its own.
+    alone = absorb(model, written[:, :13], 12, keep=2).bare(written[:, :13])
+    assert torch.equal(found.without_context[:, 1], model(**alone).logits[:, -1].argmax(-1))
+    assert found.control < 0.8
+    with pytest.raises(ValueError, match=r"keep is 11 and the context has 11 token.*0 … 10"):
+        greedy_agreement(model, ids, keep=11)

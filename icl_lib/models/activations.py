@@ -154,6 +154,23 @@ def reads_of(
     return tuple({path: torch.cat(parts) for path, parts in reads.items()} for reads in found)
 
 
+def joined(parts: Sequence[BlockActivations]) -> BlockActivations:
+    """Return the activations of several passes, token after token; maps that share what they read still do."""
+    whole: dict[int, Tensor] = {}
+
+    def all_of(activations: list[Tensor]) -> Tensor:
+        key = id(activations[-1])
+        if key not in whole:
+            whole[key] = torch.cat(activations, dim=-2)
+        return whole[key]
+
+    return BlockActivations(
+        all_of([part.stream for part in parts]),
+        {path: all_of([part.reads[path] for part in parts]) for path in parts[-1].reads},
+        all_of([part.output for part in parts]),
+    )
+
+
 class _Recorder:
     """Records the activations of one block."""
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from icl_lib.least_squares import require_rank, require_ridge
 from icl_lib.measures import relative_error
 from icl_lib.models.absorb import anatomy_of, outer_of, prompt_of
-from icl_lib.models.activations import BlockActivations, CachedPrompt, Rows, reads_of, with_context
+from icl_lib.models.activations import BlockActivations, CachedPrompt, Rows, joined, reads_of, with_context
 from icl_lib.models.anatomy import Site, sites
 from icl_lib.models.block_edits import BlockEdits, Fit, NotReproducedError
 from icl_lib.models.block_patch import BlockPatch
@@ -353,7 +353,7 @@ def _calibration(
         mine = (owner >= batch.start) & (owner < batch.stop) & (place >= 0)
         seen = behind(padded[batch])
         parts.append([_picked(block, (owner[mine] - batch.start) * width + place[mine]) for block in seen])
-    blocks = tuple(_joined(of_block) for of_block in zip(*parts, strict=True))
+    blocks = tuple(joined(of_block) for of_block in zip(*parts, strict=True))
     lead = rows.tokens.shape
     return CachedPrompt(type(whole), _behind(prompt[:keep], padded, start, whole), lead, lead, blocks, None, rows)
 
@@ -467,20 +467,3 @@ def _picked(block: BlockActivations, tokens: Tensor) -> BlockActivations:
         return picked[id(activation)]
 
     return BlockActivations(at(block.stream), {path: at(read) for path, read in block.reads.items()}, at(block.output))
-
-
-def _joined(parts: Sequence[BlockActivations]) -> BlockActivations:
-    """Return the activations of several passes one after the other; maps that share what they read still do."""
-    joined: dict[int, Tensor] = {}
-
-    def all_of(activations: list[Tensor]) -> Tensor:
-        key = id(activations[-1])
-        if key not in joined:
-            joined[key] = torch.cat(activations)
-        return joined[key]
-
-    return BlockActivations(
-        torch.cat([part.stream for part in parts]),
-        {path: all_of([part.reads[path] for part in parts]) for path in parts[-1].reads},
-        torch.cat([part.output for part in parts]),
-    )
