@@ -33,9 +33,14 @@ def toy(dtype=torch.float64):
     return small_language_model("Llama", dtype, blocks=2, max_position_embeddings=512)
 
 
-def words(text, add_special_tokens=True):
+class Words:
     """A tokenizer: one token for each word and each new line."""
-    return {"input_ids": [sum(word.encode()) % 96 + 1 for word in re.findall(r"\n|[^\s]+", text)]}
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [sum(word.encode()) % 96 + 1 for word in re.findall(r"\n|[^\s]+", text)]}
+
+    def decode(self, ids):
+        return "".join("\n" if i == 11 else f" {i}" for i in ids.tolist())
 
 
 def drawn(*lengths):
@@ -118,7 +123,7 @@ def test_the_tasks_have_enough_questions_and_no_question_is_used_twice():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(comparison, "_model", lambda name: (toy(torch.float32), words))
+    monkeypatch.setattr(comparison, "_model", lambda name: (toy(torch.float32), Words()))
     comparison._asked.cache_clear()
     yield
     comparison._asked.cache_clear()
@@ -150,17 +155,73 @@ def test_runs_are_stored_and_summarised(tiny, tmp_path):
 
 
 def test_a_system_prompt_is_compiled_with_the_replies(tiny):
-    one = Comparison(task="pirate", queries=16, keep=1, held_out=3)
+    one = Comparison(task="pirate", queries=16, keep=1, held_out=3, answers=12)
     ours, bare = (run_comparison(replace(one, method=method)) for method in ("compiled", "bare"))
     assert ours["prompted"] == [1.0] * 3  # right is what the prompted model itself writes
     assert len(ours["kl"]) == 3
     assert np.mean(ours["kl"]) < np.mean(bare["kl"])
     assert run_comparison(replace(one, method="distilled", steps=1, rate=1e-3))["kl"] != bare["kl"]
+    assert run_comparison(replace(one, answers=0))["kl"] != ours["kl"]
     asked = comparison._asked("SmolLM2", "pirate", 1, 3)
     answers = behind_prompt(toy(torch.float32), asked.prompt, asked.held_out, asked.last)
     assert torch.equal(answers.argmax(-1), asked.right)
     [run] = summarise([{"settings": asdict(one), "result": ours}])
-    assert chosen([run], "system prompts", queries=16, keep=1, held_out=3) is run
+    assert chosen([run], "system prompts", queries=16, keep=1, held_out=3, answers=12) is run
+
+
+def greedy(model, ids, positions, count):
+    """The likeliest tokens, one after the other, each from a pass of its own."""
+    ids, positions = list(ids), list(positions)
+    for _ in range(count):
+        call = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+        ids.append(model(**call, attention_mask=torch.ones(1, len(ids)), use_cache=False).logits[0, -1].argmax().item())
+        positions.append(positions[-1] + 1)
+    return ids[-count:]
+
+
+def test_text_is_written_by_the_edited_model(tiny):
+    one = Comparison(task="opposites", queries=8, held_out=3, written=5, method="bare")
+    bare, compiled, calibrated = (
+        run_comparison(settings)
+        for settings in (one, replace(one, method="compiled"), replace(one, method="compiled", answers=5))
+    )
+    asked, model = comparison._asked("SmolLM2", "opposites", 1, 3, 8, 0, 5), toy(torch.float32)
+    behind = len(asked.prompt)
+    for number, question in enumerate(asked.questions):
+        whole = [*asked.prompt.tolist(), *question.tolist()]
+        prompted = greedy(model, whole, range(len(whole)), 5)
+        alone = greedy(model, [*whole[:2], *question.tolist()], [0, 1, *range(behind, len(whole))], 5)
+        assert asked.written[number].tolist() == prompted
+        assert bare["goes_on"][number] == pytest.approx(np.mean(np.array(alone) == prompted))
+        if number < 2:
+            assert bare["texts"][number][1:] == [Words().decode(torch.tensor(one)) for one in (prompted, alone)]
+    assert np.mean(calibrated["goes_on"]) > np.mean(bare["goes_on"])
+    assert calibrated["texts"] != compiled["texts"]
+    assert not any(bare["answered"])
+    [run] = summarise([{"settings": asdict(one), "result": bare}])
+    assert run["texts"] == {"opposites": bare["texts"]}
+    assert run["goes_on"] == pytest.approx(np.mean(bare["goes_on"]), rel=1e-3)
+
+
+def test_lines_are_read_as_answers_and_as_examples(tiny):
+    settings = Comparison(task="capitals", held_out=2)
+    answers = TASKS["capitals"].split(1, held_out=2).answers
+
+    class Letters(Words):
+        def decode(self, ids):
+            return "".join(map(chr, ids.tolist()))
+
+    def letters(*texts):
+        return [torch.tensor([*map(ord, text.ljust(60, "\n"))]) for text in texts]
+
+    prompted = letters(f"{answers[0]}\nJapan -> Tokyo", f"{answers[1]}\nI am")
+    said = letters(f"{answers[0]} ->", "Rome\nCuba -> Havana")
+    asked = replace(comparison._asked("SmolLM2", "capitals", 1, 2), questions=letters("a ->", "b ->"), written=prompted)
+    found = comparison._of_writing(settings, asked, said, Letters())
+    assert found["prompted_answered"] == [True, True]
+    assert found["prompted_in_form"] == [True, False]
+    assert found["answered"] == [False, False]
+    assert found["in_form"] == [False, True]
 
 
 def test_a_wrong_setting_is_named():

@@ -1,6 +1,14 @@
 """Prompts compiled into weights on a language model that people know, compared with other ways to replace a prompt."""
 
-from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, padded, replies, without_prompt
+from icl_lib.paper.compiling.baselines import (
+    behind_prompt,
+    corrected,
+    distilled,
+    padded,
+    replies,
+    without_prompt,
+    write,
+)
 from icl_lib.paper.compiling.comparison import (
     METHODS,
     Comparison,

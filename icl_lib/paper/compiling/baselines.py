@@ -59,13 +59,17 @@ def without_prompt(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor], 
     return _at_the_end(logits, lengths, last)
 
 
-def replies(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor], length: int) -> list[Tensor]:
-    """The tokens that the model writes after each query behind the prompt, the likeliest each time, ``[length]``."""
+def write(ask: Callable[[Sequence[Tensor]], Tensor], queries: Sequence[Tensor], length: int) -> list[Tensor]:
+    """The tokens that are written after each query, the likeliest each time; ``ask`` gives the logits after texts."""
     texts = list(queries)
     for _ in range(length):
-        written = behind_prompt(model, prompt, texts).argmax(-1)
-        texts = [torch.cat([text, token[None]]) for text, token in zip(texts, written, strict=True)]
-    return [text[-length:] for text in texts]
+        texts = [torch.cat([text, token[None]]) for text, token in zip(texts, ask(texts).argmax(-1), strict=True)]
+    return [text[len(query) :] for text, query in zip(texts, queries, strict=True)]
+
+
+def replies(model: nn.Module, prompt: Tensor, queries: Sequence[Tensor], length: int) -> list[Tensor]:
+    """The same for the model behind the prompt."""
+    return write(lambda texts: behind_prompt(model, prompt, texts), queries, length)
 
 
 def _outputs(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], Tensor]) -> list[Tensor]:

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from icl_lib.models.compiler import compile_prompt
 from icl_lib.models.held_out import divergence
 from icl_lib.models.tokens import behind_kept
-from icl_lib.paper.compiling.baselines import behind_prompt, corrected, distilled, replies, without_prompt
+from icl_lib.paper.compiling.baselines import (
+    behind_prompt,
+    corrected,
+    distilled,
+    replies,
+    without_prompt,
+    write,
+)
 from icl_lib.paper.compiling.tasks import GUARDS, MESSAGES, SYSTEM_PROMPTS, TASKS, UNRELATED
 from icl_lib.paper.sweep import Checkpoint, sweep
 from icl_lib.pretrained import smollm2
@@ -58,6 +65,8 @@ class Comparison:
         guard: whether unrelated texts guard the edits, others than those that measure the harm.
         examples: in the prompt of a few-shot task.
         kept_examples: the first of them, which stay in front of every question too.
+        answers: tokens that the prompted model writes after each calibration question, which are calibrated on too.
+        written: tokens that are written freely after each held-out question, the likeliest each time.
         model: ``SmolLM2``, or ``random`` for the same architecture with random weights, as a control.
     """
 
@@ -76,24 +85,29 @@ class Comparison:
     guard: bool = False
     examples: int = 8
     kept_examples: int = 0
+    answers: int = 0
+    written: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
     """A prompt and its questions as token ids, and how the prompted model answers the held-out ones.
 
-    ``answers`` are what follows the calibration questions, if it is calibrated on too. The held-out texts are asked at
-    their ``last`` tokens, so ``right`` and ``wanted`` have one row for each of these. ``lengths`` are
-    the numbers of tokens of the examples.
+    ``answers`` are what follows the calibration questions, if it is calibrated on too. The held-out texts, the
+    ``questions`` with what follows them, are asked at their ``last`` tokens, so ``right`` and ``wanted`` have one row
+    for each of these. ``written`` is what the prompted model writes after the questions. ``lengths`` are the numbers
+    of tokens of the examples.
     """
 
     prompt: Tensor
     calibration: list[Tensor]
     answers: list[Tensor] | None
+    questions: list[Tensor]
     held_out: list[Tensor]
     last: int
     right: Tensor
     wanted: Tensor
+    written: list[Tensor]
     lengths: tuple[int, ...] = ()
 
     def keep(self, settings: Comparison) -> int:
@@ -101,15 +115,12 @@ class _Asked:
         return settings.keep + sum(self.lengths[: settings.kept_examples])
 
     def texts(self, count: int) -> list[Tensor]:
-        """Calibration questions, with what follows them but for its last token: there nothing is asked."""
-        if self.answers is None:
-            return self.calibration[:count]
-        both = list(zip(self.calibration, self.answers, strict=True))[:count]
-        return [torch.cat([question, answer[:-1]]) for question, answer in both]
+        """The first calibration questions, with what follows them."""
+        return (self.calibration if self.answers is None else _followed(self.calibration, self.answers))[:count]
 
 
 REPLY, CALIBRATED = 12, 16
-"""The number of tokens of a reply to a message, and of messages to calibrate on."""
+"""The number of tokens that are written, and of messages to calibrate on."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -123,7 +134,9 @@ def _model(name: str) -> tuple[nn.Module, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def _asked(model: str, task: str, seed: int, held_out: int, examples: int = 8) -> _Asked:
+def _asked(
+    model: str, task: str, seed: int, held_out: int, examples: int = 8, answers: int = 0, written: int = 0
+) -> _Asked:
     found, tokenizer = _model(model)
 
     def ids(text: str) -> Tensor:
@@ -133,19 +146,33 @@ def _asked(model: str, task: str, seed: int, held_out: int, examples: int = 8) -
         prompt = ids(f"<|im_start|>system\n{SYSTEM_PROMPTS[task]}<|im_end|>\n")
         drawn = random.Random(seed).sample(MESSAGES, CALIBRATED + held_out)
         asked = [ids(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in drawn]
-        written = replies(found, prompt, asked, REPLY)
-        held = [torch.cat([ask, reply[:-1]]) for ask, reply in zip(asked, written, strict=True)][CALIBRATED:]
-        calibration, answers, right = asked[:CALIBRATED], written[:CALIBRATED], torch.cat(written[CALIBRATED:])
-        lengths = ()
+        calibration, questions, lengths = asked[:CALIBRATED], asked[CALIBRATED:], ()
+        said = replies(found, prompt, questions, REPLY)
+        held, right = _followed(questions, said), torch.cat(said)
     else:
         split = TASKS[task].split(seed, examples, held_out=held_out)
         lines = [ids(line) for line in split.prompt.splitlines(keepends=True)]
         prompt, lengths = torch.cat([ids("<|endoftext|>"), ids("\n"), *lines]), tuple(map(len, lines))
-        calibration, held = ([ids(text) for text in texts] for texts in (split.calibration, split.held_out))
-        answers, right = None, torch.stack([ids(answer)[0] for answer in split.answers])
+        calibration, questions = ([ids(text) for text in texts] for texts in (split.calibration, split.held_out))
+        held, right = questions, torch.stack([ids(answer)[0] for answer in split.answers])
     last = len(right) // held_out
-    wanted = behind_prompt(found, prompt, held, last).log_softmax(-1)
-    return _Asked(prompt, calibration, answers, held, last, right, wanted, lengths)
+    return _Asked(
+        prompt=prompt,
+        calibration=calibration,
+        answers=replies(found, prompt, calibration, answers) if answers else None,
+        questions=questions,
+        held_out=held,
+        last=last,
+        right=right,
+        wanted=behind_prompt(found, prompt, held, last).log_softmax(-1),
+        written=replies(found, prompt, questions, written),
+        lengths=lengths,
+    )
+
+
+def _followed(questions: Sequence[Tensor], answers: Sequence[Tensor]) -> list[Tensor]:
+    """Each question with what follows it but for the last token: there nothing is asked."""
+    return [torch.cat([question, answer[:-1]]) for question, answer in zip(questions, answers, strict=True)]
 
 
 @contextlib.contextmanager
@@ -196,7 +223,10 @@ def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -
     rightly), ``agree`` (whether their likeliest tokens are the same) and ``kl`` (the divergence of their
     distributions, in nats); of a reply, the means over its tokens. Then ``harm``, the mean loss of unrelated texts in
     nats a token, ``seconds`` of processor time until the edits are found, ``numbers``, how many an adapter stores, and
-    ``prompt_tokens``.
+    ``prompt_tokens``. If text is written, ``goes_on`` is the share of its tokens that are those of the prompted model,
+    and ``texts`` has the first two questions, each with what the prompted and the edited model write. In a few-shot
+    task, ``answered`` says whether the first line is the right answer, all of it, and ``in_form`` whether the next one
+    has the form of the examples; ``prompted_answered`` and ``prompted_in_form`` say so of the prompted model.
     """
     for name, known in (
         ("method", METHODS),
@@ -206,7 +236,7 @@ def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -
         if getattr(settings, name) not in known:
             raise ValueError(f"{name} is {getattr(settings, name)!r}: choose one of {', '.join(known)}.")
     model, tokenizer = _model(settings.model)
-    drawn = settings.seed, settings.held_out, settings.examples
+    drawn = settings.seed, settings.held_out, settings.examples, settings.answers, settings.written
     asked = _asked(settings.model, settings.task, *drawn)
     names, seen = list(SYSTEM_PROMPTS if settings.task in SYSTEM_PROMPTS else TASKS), asked
     if settings.of == "another task":
@@ -217,6 +247,11 @@ def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -
         kept = seen.keep(settings)
         answers = without_prompt(edited, seen.prompt, asked.held_out, kept, asked.last).log_softmax(-1)
         told["harm"] = _loss(edited, tokenizer)
+        if settings.written:
+            said = write(
+                lambda texts: without_prompt(edited, seen.prompt, texts, kept), asked.questions, settings.written
+            )
+            told |= _of_writing(settings, asked, said, tokenizer)
     wanted, best, guess = asked.wanted, asked.wanted.argmax(-1), answers.argmax(-1)
 
     def of_question(values: Tensor) -> list[float]:
@@ -230,6 +265,23 @@ def run_comparison(settings: Comparison, checkpoint: Checkpoint | None = None) -
         "prompt_tokens": len(seen.prompt),
         **told,
     }
+
+
+def _of_writing(settings: Comparison, asked: _Asked, said: Sequence[Tensor], tokenizer: Any) -> dict[str, Any]:
+    """What was written after each held-out question, and by the prompted model."""
+    alike = [(one == other).float().mean().item() for one, other in zip(said, asked.written, strict=True)]
+    found = zip(asked.questions, asked.written, said, strict=True)
+    texts = [[tokenizer.decode(part) for part in parts] for parts in found]
+    result = {"goes_on": [round(value, 5) for value in alike], "texts": texts[:2]}
+    if settings.task in TASKS:
+        task = TASKS[settings.task]
+        answers = task.split(settings.seed, settings.examples, held_out=settings.held_out).answers
+        mark = task.question.rpartition("{}")[2].strip()
+        for name, at in (("prompted_", 1), ("", 2)):
+            lines = [text[at].split("\n") for text in texts]
+            result[f"{name}answered"] = [line[0] == answer for line, answer in zip(lines, answers, strict=True)]
+            result[f"{name}in_form"] = [len(line) > 1 and mark in line[1] for line in lines]
+    return result
 
 
 def _loss(model: nn.Module, tokenizer: Any) -> float:
@@ -251,7 +303,7 @@ def _alone(tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
     return [torch.cat([start, torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])]) for text in texts]
 
 
-STEPS = (10, 30, 100)
+STEPS = (10, 30, 100, 1000)
 """The steps of the distillation."""
 
 
@@ -261,6 +313,7 @@ PARTS = {
     "settings": "what stays, ridge, rank, distillation, random weights: two tasks, one seed",
     "examples": "how many examples the prompt has, and one of them kept: two tasks, one seed",
     "system prompts": "one seed",
+    "writing": "text that is written freely after a question: every task, one seed",
 }
 
 
@@ -270,7 +323,7 @@ def comparisons(
     """Return the settings of all runs of some ``PARTS``.
 
     >>> len(comparisons(["capitals", "French", "plurals"], [1, 2]))
-    120
+    132
     """
     one = Comparison()
     main = [
@@ -297,19 +350,22 @@ def comparisons(
         replace(one, kept_examples=1),
         replace(one, kept_examples=1, method="bare"),
     ]
-    chat = replace(one, queries=CALIBRATED, keep=1)
+    chat = replace(one, queries=CALIBRATED, keep=1, answers=REPLY, written=REPLY)
     chats = [
         chat,
         replace(chat, method="bare"),
         replace(chat, queries=4),
-        replace(chat, queries=1, ridge=0.0),
+        replace(chat, queries=1),  # words that a message repeats leave no exact edit
         replace(chat, of="another task"),
         replace(chat, method="vector"),
     ]
+    write = replace(one, answers=REPLY, written=REPLY)
+    writing = [write, replace(write, answers=0), replace(write, method="bare", answers=0)]
     groups = [
         ("methods", main, tasks, seeds[:1]),
         ("guard", [replace(one, guard=True)], tasks, seeds),
         ("system prompts", chats, tuple(SYSTEM_PROMPTS), seeds[:1]),
+        ("writing", writing, tasks, seeds[:1]),
         ("examples", examples, tasks[:2], seeds[:1]),
         ("settings", more, tasks[:2], seeds[:1]),
         ("methods", main, tasks, seeds[1:]),
@@ -335,7 +391,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     and over all questions ``accuracy``, ``agreement`` and ``kl``: the mean and the ends of its 95 % bootstrap interval,
     which draws runs, then their questions. Then the ``prompted`` model's accuracy, the ``share`` of it that is kept,
     ``worst``, the accuracy lost in the worst run, the means of ``harm`` and of ``numbers``, the median of ``seconds``,
-    and ``by_task`` with the task's own means.
+    and ``by_task`` with the task's own means. Of text that was written, there are the means over all questions, and
+    ``texts`` by task.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
@@ -356,6 +413,8 @@ def _summary(kind: str, settings: dict[str, Any], records: list[dict[str, Any]])
         accuracy = _interval(values["right"][of_task])
         by_task[task]["low"], by_task[task]["high"] = accuracy[1:]
     lost = values["prompted"].mean(1) - values["right"].mean(1)
+    known = records[0]["result"].keys()
+    texts = {record["settings"]["task"]: record["result"]["texts"] for record in records if "texts" in known}
     return {
         "kind": kind,
         "settings": settings,
@@ -368,10 +427,17 @@ def _summary(kind: str, settings: dict[str, Any], records: list[dict[str, Any]])
             name: _rounded(centre([record["result"][name] for record in records]))
             for name, centre in (("harm", np.mean), ("numbers", np.mean), ("seconds", np.median))
         },
+        **{
+            name: _rounded(np.mean([record["result"][name] for record in records]))
+            for name in _WRITTEN
+            if name in known
+        },
+        **({"texts": texts} if texts else {}),
         "by_task": by_task,
     }
 
 
+_WRITTEN = ("goes_on", "answered", "in_form", "prompted_answered", "prompted_in_form")
 _LISTS = {"right": "accuracy", "prompted": "prompted", "agree": "agreement", "kl": "kl"}
 
 
