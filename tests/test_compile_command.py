@@ -70,7 +70,7 @@ def test_a_report_in_html_and_a_readme_of_ones_own_stay_apart(folder, tmp_path):
     (tmp_path / "adapter" / "README.md").write_text("mine")
     page, guard = tmp_path / "report.html", tmp_path / "guard.txt"
     guard.write_text("9+9+9, 1, 2, 3\n10=10\n")
-    options = ["--overwrite", "--evaluate", folder / "new.txt", "--report", page, "--guard", guard]
+    options = ["--overwrite", "--keep", 0, "--evaluate", folder / "new.txt", "--report", page, "--guard", guard]
     written = run(folder, "--output", tmp_path / "adapter", *options)
     assert written.exit_code == 0, written.output
     assert (tmp_path / "adapter" / "README.md").read_text() == "mine"
@@ -121,7 +121,7 @@ def test_wrong_usage_is_named_and_nothing_is_written(folder, tmp_path, files, ar
 
 
 CHAT = (
-    "{% for m in messages %}{{ 'w90 ' if m.role == 'system' else 'w92 ' }}{{ m.content }} w91 {% endfor %}"
+    "{% for m in messages %}w92 {{ 'w90 ' if m.role == 'system' else 'w94 ' }}{{ m.content }} w91 {% endfor %}"
     "{{ 'w93' if add_generation_prompt else '' }}"
 )
 MOVED = "{{ 'w80 ' if add_generation_prompt else '' }}" + CHAT  # a conversation begins otherwise than its system prompt
@@ -146,15 +146,19 @@ def test_a_system_prompt_goes_through_the_chat_template(tmp_path, template, says
         return
     assert found.exit_code == 0, found.output
     # Independently of the command: the tokens that the template gives.
-    prompt, queries = torch.tensor([90, 3, 1, 4, 91]), [torch.tensor([92, 5, 6, 91, 93]), torch.tensor([92, 7, 91, 93])]
-    patch = compile_prompt(model, prompt, queries, start=1)
+    prompt = torch.tensor([92, 90, 3, 1, 4, 91])
+    queries = [torch.tensor([92, 94, 5, 6, 91, 93]), torch.tensor([92, 94, 7, 91, 93])]
+    patch = compile_prompt(model, prompt, queries, keep=2, start=2)
     again = type(model).from_pretrained(tmp_path / "model")  # PEFT changes the model that it is given
     adapted = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
-    ids = torch.cat([prompt[:1], queries[1]])[None]
+    ids = torch.cat([prompt[:2], queries[1]])[None]
     with torch.no_grad():
         got, bare = adapted(input_ids=ids).logits, model(input_ids=ids).logits
         with patch.applied(model):
             wanted = model(**patch.bare(queries[1])).logits
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert (bare - wanted).abs().max() > 1e-2
-    assert "Put 'w90' in front" in found.stdout
+    assert "Put 'w92 w90' in front" in found.stdout
+    found = CliRunner().invoke(app, ["compile", *map(str, given), "--overwrite", "--keep", "1"])
+    assert (found.exit_code, "queries[0] begins with the kept token" in found.stderr) == (2, True)
+    assert "keep=2" in found.stderr

@@ -262,6 +262,18 @@ def test_the_patch_says_what_it_is_and_can_be_kept():
     assert "fitted to 2 queries" in str(compile_prompt(model, prompt, queries))
 
 
+def test_queries_may_begin_with_the_first_token_of_the_prompt_if_more_is_kept():
+    """As every message of a chat does. A model that embeds positions tells the two apart in any case."""
+    prompt, queries = torch.tensor([1, 5, 6, 7]), [torch.tensor([1, 8, 9]), torch.tensor([1, 9])]
+    for name, keep in (("Llama", 2), ("GPT-2", 1)):
+        model = shared(name)
+        patch = compile_prompt(model, prompt, queries, keep=keep, ridge=0)
+        assert error(model, patch, prompt, queries[0], patch.merged(model)) < 1e-9
+    stream = torch.randn(6, 8).double()
+    with pytest.raises(ValueError, match=r"keep is 1, and queries\[0\] begins with the kept token.*keep=2"):
+        compile_prompt(lively(), stream, [torch.cat([stream[:1], torch.randn(2, 8).double()])])
+
+
 def test_a_model_that_is_not_causal_is_refused():
     with pytest.raises(ValueError, match="needs a causal model"):
         compile_prompt(lively(causal=False), torch.randn(5, 8).double(), [torch.randn(2, 8).double()])
@@ -282,6 +294,7 @@ PROMPT, QUERIES = torch.arange(6), [torch.tensor([7, 8]), torch.tensor([9])]
         ({"queries": [torch.tensor([7, 97])]}, r"queries\[0\].* is 97: this model has the tokens 0 … 96"),
         ({"prompt": PROMPT[:0]}, "prompt is a tensor .* at least one token"),
         ({"prompt": [1, 2]}, "prompt is a list of length 2"),
+        ({"queries": [PROMPT[:2].flip(0), PROMPT[:1]]}, r"keep is 1, and queries\[1\] begins with the kept .* keep=2"),
         ({"keep": 6}, r"keep is 6 and the context has 6 token\(s\)"),
         ({"guard": []}, r"guard is a list of length 0"),
         ({"guard": [torch.tensor([97])]}, "is 97: this model has the tokens"),

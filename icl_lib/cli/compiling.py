@@ -49,7 +49,14 @@ def compile_to_adapter(
         Path | None, typer.Option(help="a file with an unrelated text on each line, which the edits should leave alone")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="a file for the measurements, .json or .html")] = None,
-    keep: Annotated[int, typer.Option(help="first tokens of the prompt that stay in front of every query")] = 1,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            help="first tokens of the prompt that stay in front of every query; by default 1, with --system-file those "
+            "that the chat template writes before the system prompt",
+            show_default=False,
+        ),
+    ] = None,
     ridge: Annotated[float, typer.Option(help="strength of the ridge; 0 for edits that are exact on the queries")] = 1,
     rank: Annotated[int | None, typer.Option(help="the largest rank of an edit")] = None,
     device: Device = "cpu",
@@ -71,26 +78,27 @@ def compile_to_adapter(
         if (prompt_file is None) == (system_file is None):
             raise ValueError("give either --prompt-file or --system-file.")
 
-        def read() -> tuple[Any, Tensor, _Pairs, _Pairs | None, Queries | None]:
+        def read() -> tuple[Any, Tensor, int, _Pairs, _Pairs | None, Queries | None]:
             tokenizer = tokenizer_of(model, "compile needs one")
             texts = _Texts(tokenizer, prompt_file or system_file, chat=system_file is not None)
             first = texts.of("--queries", queries)
             other = None if evaluate is None else texts.of("--evaluate", evaluate)
-            return tokenizer, texts.prompt, first, other, None if guard is None else texts.alone("--guard", guard)
+            unrelated = None if guard is None else texts.alone("--guard", guard)
+            return tokenizer, texts.prompt, texts.opening() if keep is None else keep, first, other, unrelated
 
-        loaded, (tokenizer, prompt, calibration, asked, alone) = load_model(model, device, dtype, read)
+        loaded, (tokenizer, prompt, kept, calibration, asked, alone) = load_model(model, device, dtype, read)
         at = loaded.get_input_embeddings().weight.device
         prompt, calibration = prompt.to(at), _moved(calibration, at)
         patch = compile_prompt(
             loaded,
             prompt,
             calibration[0],
-            keep,
+            kept,
             ridge,
             rank,
             calibration[1],
             guard=alone and [text.to(at) for text in alone],
-            start=keep,
+            start=kept,
             outer=outer,
             progress=progress,
         )
@@ -99,7 +107,7 @@ def compile_to_adapter(
         measured = {
             "model": model,
             "prompt_tokens": len(prompt),
-            "kept": tokenizer.decode(prompt[:keep]),
+            "kept": tokenizer.decode(prompt[:kept]),
             "calibration_queries": patch.queries,
             "exact_on_them": patch.is_exact,
             "largest_error_on_them": max(float(fit.error.max()) for fit in patch.fits),
@@ -118,7 +126,7 @@ def compile_to_adapter(
         typer.echo(f"{found}\n")
     on_them = "exact on" if patch.is_exact else "fitted to"
     typer.echo(
-        f"written to {output}: it replaces {len(prompt) - keep} tokens of the prompt and is {on_them} {patch.queries} "
+        f"written to {output}: it replaces {len(prompt) - kept} tokens of the prompt and is {on_them} {patch.queries} "
         f"queries. Put {measured['kept']!r} in front of a query, and give no positions."
         + ("" if found else " How well it serves other queries was not measured: give --evaluate."),
         err=json,
@@ -166,6 +174,11 @@ class _Texts:
                 self._same(whole, before + after, where, "the query")
                 answers.append(torch.tensor(follows))
         return found, answers or None
+
+    def opening(self) -> int:
+        """Return how many tokens the chat template writes before the system prompt; without a template, 1."""
+        begins = self.text.index(self.messages[0]["content"]) if self.chat else 0
+        return len(split_ids(self.tokenizer, self.text[:begins], self.text[begins:], NO_IDS)[0]) if begins else 1
 
     def alone(self, name: str, path: Path) -> Queries:
         """Return the texts of a file, one a line, each behind the token with which the tokenizer begins a text."""

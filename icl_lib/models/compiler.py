@@ -161,7 +161,8 @@ def compile_prompt(
         queries: the calibration queries, ``[m_k]`` or ``[m_k, dim]``, of any lengths. Tokens with which several texts
             begin in common are one row, which counts as often as it occurs.
         keep: how many of the prompt's first tokens stay in front of every query. Trained language models need one.
-            If the prompt begins with what stands in front of each question, such as a line break, keep that too.
+            If the prompt begins with what stands in front of each question, such as a line break, keep that too. If
+            queries begin with the first token of the prompt, as in chats, keep more than this token.
         ridge: $\rho$. In each map $\lambda = \rho \cdot \operatorname{median} \lVert r \rVert^2$ over what it reads;
             see :func:`icl_lib.least_squares.least_squares_edit`. 0 asks for edits that are exact on the calibration
             queries.
@@ -180,8 +181,8 @@ def compile_prompt(
         progress: show a progress bar over the blocks.
 
     Raises `ValueError` for a model whose anatomy is not found, for a prompt or queries that it cannot read or that are
-    too long, for no queries, for a ``keep`` beyond the prompt, and with ``ridge=0`` for a guard, for the same text
-    twice, or if no single edit is exact on all queries.
+    too long, for no queries, for a ``keep`` beyond the prompt or behind which a query's first token is read as the kept
+    ones, and with ``ridge=0`` for a guard, for the same text twice, or if no single edit is exact on all queries.
 
     >>> from icl_lib import Transformer, TransformerConfig
     >>> model = Transformer(TransformerConfig(dim=16, blocks=3, heads=2, norm="pre")).double()
@@ -210,6 +211,7 @@ def compile_prompt(
     placed = sites(model, anatomy)
     outer = outer_of(placed, outer, whole, True, model)
     _require_causal(model, whole, prompt, texts[longest])
+    _require_told_apart(model, placed, whole, prompt, texts, start)
     if ridge == 0:
         _require_distinct(texts)
     fit = None if ridge == 0 and rank is None else Fit(float(ridge), rank)
@@ -318,6 +320,30 @@ def _require_causal(model: nn.Module, whole: Prompt, prompt: Tensor, text: Tenso
             f"model is a {type(model).__name__} in which tokens read those after them (the prompt's outputs change by "
             f"{off:.0e} with a query behind it): compile_prompt needs a causal model."
         )
+
+
+def _require_told_apart(
+    model: nn.Module, placed: Sequence[Site], whole: Prompt, prompt: Tensor, texts: Sequence[Tensor], start: int
+) -> None:
+    """Require that no query begins with a token that the model reads as the kept ones, once the prompt is gone.
+
+    Attention over equal tokens outputs what it outputs for one of them. But this token needs an edit, and the kept ones
+    must not change.
+    """
+    keep = whole.keep
+    for number, text in enumerate(texts):
+        others = (prompt != text[0]).reshape(len(prompt), -1).any(-1).nonzero().flatten().tolist()
+        if keep and others and others[0] >= keep:
+            call, lead = _behind(prompt[:keep], text[:1], start, whole), torch.Size((1, keep + 1))
+            [first, *_], _ = with_context(model, placed, type(whole), call, lead, keep=1)
+            kept, token = first.output[0, 0], first.output[0, -1]
+            if float(relative_error(token, kept)) <= TOLERANCE[kept.dtype]:
+                raise ValueError(
+                    f"keep is {keep}, and queries[{number}] begins with the kept token. Without the prompt the model "
+                    "reads both alike, so no edit changes one and not the other. Keep more of the prompt: "
+                    f"keep={others[0] + 1}."
+                )
+            return  # every other query of this kind begins with the same token
 
 
 def _behind(kept: Tensor, query: Tensor, start: int, prompt: Prompt) -> Call:

@@ -350,7 +350,8 @@ def comparisons(
         replace(one, kept_examples=1),
         replace(one, kept_examples=1, method="bare"),
     ]
-    chat = replace(one, queries=CALIBRATED, keep=1, answers=REPLY, written=REPLY)
+    # Kept is what the chat template writes before the system prompt: every message begins with its first token.
+    chat = replace(one, queries=CALIBRATED, keep=3, answers=REPLY, written=REPLY)
     chats = [
         chat,
         replace(chat, method="bare"),
