@@ -252,6 +252,8 @@ def test_the_pictures_say_what_they_show():
     assert "capitals: prompt 1.00, compiled 0.50, bare 0.50" in by_task.alt
     over = plots.divergence_by([1, 4], [found, found], found, "calibration questions", {"vector": found})
     assert over.alt.endswith("1: 1; 4: 1. Bare question 1, vector 1.")
+    timed = plots.divergence_over_time({"compiled": {"4": (1.5, 0.8)}, "trained": {"10": (9.0, 1.0)}}, bare=6.0)
+    assert timed.alt.endswith("compiled: 4 0.8 after 1.5 s; trained: 10 1 after 9 s. Bare question 6.")
 
 
 def test_a_run_is_chosen_by_what_differs_from_the_default():

@@ -21,7 +21,7 @@ from icl_lib.models.tokens import behind_kept, cache_name, new_cache
 from icl_lib.pretrained import smollm2
 
 RESULTS = Path(__file__).resolve().parents[2] / "book" / "data" / "cost_query.json"
-LENGTHS, QUESTION, KEEP, ROUNDS = (32, 128, 512, 2048), 8, 2, 9
+LENGTHS, QUESTION, KEEP, ROUNDS = (32, 128, 512, 2048), 8, 2, 7
 
 
 @pytest.fixture(scope="module")

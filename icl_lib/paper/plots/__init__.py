@@ -1,6 +1,6 @@
 """The chapters' figures as functions from data to a :class:`~icl_lib.paper.figures.Figure`."""
 
-from icl_lib.paper.plots.compiling import accuracy_by_task, divergence_by, linear_shares
+from icl_lib.paper.plots.compiling import accuracy_by_task, divergence_by, divergence_over_time, linear_shares
 from icl_lib.paper.plots.cost import scaling
 from icl_lib.paper.plots.every_block import (
     alignments,

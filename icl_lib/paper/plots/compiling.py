@@ -42,6 +42,32 @@ def divergence_by(
     )
 
 
+def divergence_over_time(paths: Mapping[str, Mapping[str, tuple[float, float]]], bare: float) -> Figure:
+    """Draw the divergence from the prompted model over the seconds that it takes to get there.
+
+    ``paths`` has for each method the seconds and the divergence of each of its runs, by the label of the run; ``bare``
+    is the divergence of the bare question, the control.
+    """
+    with figure(width=5.0, height=3.6) as (fig, ax):
+        ax.axhline(bare, color=COLOURS["grey"], linestyle="--", label="bare question")
+        for number, (name, runs) in enumerate(paths.items()):
+            colour = COLOURS["blue"] if number == 0 else colour_of(number)
+            ax.plot(*zip(*runs.values(), strict=True), color=colour, marker="o", label=name)
+            for label, place in runs.items():
+                ax.annotate(label, place, (5, 4), textcoords="offset points", fontsize="small")
+        ax.set(xlabel="seconds of one core", ylabel="divergence, nats", xscale="log", yscale="log")
+        ax.margins(x=0.12)
+        ax.minorticks_off()
+        ax.legend(ncols=3, **UNDER)
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"{label} {kl:.2g} after {seconds:.2g} s" for label, (seconds, kl) in runs.items())
+        for name, runs in paths.items()
+    )
+    return Figure(
+        fig, f"Divergence from the prompted model over the time to get there. {said}. Bare question {bare:.2g}."
+    )
+
+
 def linear_shares(shares: Mapping[str, Sequence[float]]) -> Figure:
     """Draw what ``icl_lib.paper.compiling.linear_share`` returns over the blocks."""
     styles = {"fitted": ("blue", "--"), "held out": ("blue", "-"), "shuffled": ("grey", ":")}
