@@ -56,6 +56,8 @@ def divergence_over_time(paths: Mapping[str, Mapping[str, tuple[float, float]]],
             for label, place in runs.items():
                 ax.annotate(label, place, (5, 4), textcoords="offset points", fontsize="small")
         ax.set(xlabel="seconds of one core", ylabel="divergence, nats", xscale="log", yscale="log")
+        ax.set_xticks([1, 10, 100], ["1", "10", "100"])
+        ax.set_yticks([0.5, 1, 2, 5], ["0.5", "1", "2", "5"])
         ax.margins(x=0.12)
         ax.minorticks_off()
         ax.legend(ncols=3, **UNDER)
