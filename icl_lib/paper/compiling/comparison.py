@@ -323,7 +323,7 @@ def comparisons(
     """Return the settings of all runs of some ``PARTS``.
 
     >>> len(comparisons(["capitals", "French", "plurals"], [1, 2]))
-    132
+    131
     """
     one = Comparison()
     main = [
