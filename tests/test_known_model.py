@@ -52,6 +52,31 @@ def test_a_stored_result_of_other_code_is_refused(no_model, tmp_path):
         KnownModel(path).stored(heads)
 
 
+def test_only_what_is_written_as_code_counts():
+    def first():
+        def blocks(model, tokenizer):
+            return model["#"], f"{len(model)}"
+
+        return blocks
+
+    def second():
+        @(lambda function: function)
+        def blocks(model, tokenizer):
+            return model["#"], f"{len(model)}"  # a comment
+
+        return blocks
+
+    def third():
+        def blocks(model, tokenizer):
+            return model["!"], f"{len(model)}"
+
+        return blocks
+
+    one, same, other = (known_model._code(make()) for make in (first, second, third))
+    assert one == same != other
+    assert one == "60df3c09f3e43457", "the same in every version of Python"
+
+
 def test_results_are_stored_with_their_code_and_versions(tmp_path, monkeypatch):
     monkeypatch.setattr(known_model, "smollm2", lambda: (3, "tokenizer"))
     monkeypatch.setenv("ICL_LIB_STORE_RESULTS", "1")

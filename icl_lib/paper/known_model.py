@@ -6,9 +6,11 @@ import ast
 import contextlib
 import hashlib
 import inspect
+import io
 import json
 import os
 import textwrap
+import tokenize
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -97,7 +99,15 @@ class KnownModel:
 
 
 def _code(function: Callable[[Any, Any], Any]) -> str:
-    """Return a hash of the function's code, without its decorators, comments and layout."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    tree.decorator_list = []
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+    """Return a hash of the function's source, without its decorators, comments and white space.
+
+    It is made from the text, since Python's own forms of a program differ from version to version.
+    """
+    source = textwrap.dedent(inspect.getsource(function))
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            lines[line - 1] = lines[line - 1][:column]
+    text = "\n".join(lines[ast.parse(source).body[0].lineno - 1 :])
+    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:16]
