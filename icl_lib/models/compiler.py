@@ -331,9 +331,9 @@ def _require_told_apart(
     must not change.
     """
     keep = whole.keep
-    for number, text in enumerate(texts):
+    for number, text in enumerate(texts if keep else ()):
         others = (prompt != text[0]).reshape(len(prompt), -1).any(-1).nonzero().flatten().tolist()
-        if keep and others and others[0] >= keep:
+        if others and others[0] >= keep:
             call, lead = _behind(prompt[:keep], text[:1], start, whole), torch.Size((1, keep + 1))
             [first, *_], _ = with_context(model, placed, type(whole), call, lead, keep=1)
             kept, token = first.output[0, 0], first.output[0, -1]

@@ -18,6 +18,15 @@ _NUMBER = re.compile(r"[≤<>≥≈]?\s?[−+-]?\d.*")
 _ROUNDING = re.compile(r"≤?\s?−?\d(?:\.\d+)?\s×\s10⁻(?:¹[¹²³⁴⁵⁶⁷⁸⁹]|[²³][⁰¹²³⁴⁵⁶⁷⁸⁹])")
 
 
+def quoted(text: str) -> str:
+    """A text as a cell of a table, with its spaces and line breaks.
+
+    >>> print(quoted(" a|b\\n"))
+    `' a\\|b\\n'`
+    """
+    return f"`{text!r}`".replace("|", "\\|")
+
+
 def table(rows: Iterable[Mapping[str, Any]], digits: int = 1) -> Markdown:
     """A table whose columns are the keys of its rows.
 

@@ -90,8 +90,7 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Collect the rows; once all are there, print them and write the numbers that the book reads."""
     found: dict[str, Any] = {
         "settings": {"dtype": "float32", "device": "cpu", "limit": int(LIMIT)},
-        "versions": {name: version(name) for name in ("icl_lib", "torch")} | {"python": platform.python_version()},
-        "machine": {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()},
+        **measured_with("icl_lib", "torch"),
         "shapes": [],
         "scaling": [],
     }
@@ -192,6 +191,14 @@ def quartiles(values: Sequence[float]) -> list[float]:
 def digits(value: float) -> float:
     """Round to four digits, more than repeated runs share."""
     return float(f"{value:.4g}")
+
+
+def measured_with(*packages: str) -> dict[str, Any]:
+    """Return the versions and the machine that numbers are stored with."""
+    return {
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "machine": {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()},
+    }
 
 
 def written(found: dict[str, Any]) -> str:

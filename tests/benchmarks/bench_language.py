@@ -5,10 +5,8 @@ The model is a Llama with random weights: 12 blocks on the CPU and, if there is 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from tabulate import tabulate
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.bench_cost import digits, interleaved, quartiles, ratio, written
+from benchmarks.bench_cost import digits, interleaved, measured_with, quartiles, ratio, written
 from benchmarks.memory import peak_memory
 from icl_lib import verify
 
@@ -98,9 +96,7 @@ def results() -> Iterator[list[dict[str, Any]]]:
     yield rows
     if len(rows) == len(SHAPES):
         found = {
-            "versions": {name: version(name) for name in ("icl_lib", "torch", "transformers")}
-            | {"python": platform.python_version()},
-            "machine": {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()},
+            **measured_with("icl_lib", "torch", "transformers"),
             "shapes": rows,
         }
         RESULTS.parent.mkdir(exist_ok=True)

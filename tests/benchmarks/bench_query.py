@@ -6,9 +6,7 @@ does not depend on which tokens a prompt has.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from tabulate import tabulate
 
-from benchmarks.bench_cost import interleaved, quartiles, written
+from benchmarks.bench_cost import interleaved, measured_with, quartiles, written
 from icl_lib.models.tokens import behind_kept, cache_name, new_cache
 from icl_lib.pretrained import smollm2
 
@@ -31,9 +29,7 @@ def results() -> Iterator[list[dict[str, Any]]]:
     yield rows
     if len(rows) == len(LENGTHS):
         found = {
-            "versions": {name: version(name) for name in ("icl_lib", "torch", "transformers")}
-            | {"python": platform.python_version()},
-            "machine": {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()},
+            **measured_with("icl_lib", "torch", "transformers"),
             "model": "SmolLM2-135M-Instruct in float32",
             "question": QUESTION,
             "keep": KEEP,

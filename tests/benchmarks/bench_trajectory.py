@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from tabulate import tabulate
 
-from benchmarks.bench_cost import interleaved, quartiles, ratio
+from benchmarks.bench_cost import interleaved, measured_with, quartiles, ratio
 from benchmarks.memory import peak_memory
 from benchmarks.operations import fitted_exponent
 from icl_lib import Transformer, TransformerConfig
@@ -50,8 +48,7 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """Collect the rows; once all are there, print them and write the numbers that the book reads."""
     found: dict[str, Any] = {
         "settings": {"dtype": "float32", "device": "cpu", "tokens": TOKENS},
-        "versions": {name: version(name) for name in ("icl_lib", "torch")} | {"python": platform.python_version()},
-        "machine": {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine()},
+        **measured_with("icl_lib", "torch"),
         "widths": [],
         "memory": [],
     }
